@@ -210,7 +210,8 @@ def test_all_ties_in_zero_one_scores_are_no_proof_of_equivalence_for_few_units()
 
 def test_equivalence_is_two_one_sided_t_tests():
     rng = np.random.default_rng(12)
-    small_reference, small_design = np.arange(5.0), np.arange(5.0) + [0.1, -0.1, 0.05, 0.02, -0.03]
+    small_reference = np.arange(5.0)
+    small_design = small_reference + np.array([0.1, -0.1, 0.05, 0.02, -0.03])
     for margin in (0.05, 0.08, 0.1, 0.12, 0.2):
         p = ttost_paired(small_design, small_reference, -margin, margin)[0]
         verdict = one_task(small_design, small_reference, margin=margin).verdict
@@ -561,7 +562,7 @@ def test_ranks_friedman_and_nemenyi_figures():
     ranks = critical_difference(scores)
     means = np.stack([scores[name]["t"].mean(axis=0) for name in scores])
     expected = stats.rankdata(-means, axis=0).mean(axis=1)
-    assert list(ranks.average_ranks)[0] == "high"
+    assert next(iter(ranks.average_ranks)) == "high"
     for name, rank in zip(scores, expected, strict=True):
         assert ranks.average_ranks[name] == pytest.approx(rank)
     assert ranks.p_value == pytest.approx(stats.friedmanchisquare(*means).pvalue)

@@ -18,7 +18,7 @@ from bakeoff.errors import DataError
 class TextPairs:
     """Training pairs: `positives[i]` belongs to `queries[i]`; `negatives[i]` (if any) does not.
 
-    All lists have one length. `group` names the source; batches never mix groups.
+    All lists have one length. A query has one hard negative, or a tuple of several. `group` names the source; batches never mix groups.
 
     Examples
     --------
@@ -28,7 +28,7 @@ class TextPairs:
 
     queries: tuple[str, ...]
     positives: tuple[str, ...]
-    negatives: tuple[str, ...] | None = None
+    negatives: tuple[str, ...] | tuple[tuple[str, ...], ...] | None = None
     group: str = "pairs"
 
     def __post_init__(self) -> None:
@@ -180,7 +180,9 @@ class EmbeddingData:
         """Return every distinct text of training pairs and tasks, in order of appearance."""
         seen: dict[str, None] = {}
         for pairs in self.train:
-            seen.update(dict.fromkeys((*pairs.queries, *pairs.positives, *(pairs.negatives or ()))))
+            seen.update(dict.fromkeys((*pairs.queries, *pairs.positives)))
+            for given in pairs.negatives or ():
+                seen.update(dict.fromkeys([given] if isinstance(given, str) else given))
         for task in self.tasks:
             seen.update(dict.fromkeys(task_texts(task)))
         return tuple(seen)

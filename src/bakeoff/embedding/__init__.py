@@ -27,6 +27,7 @@ _HOMES = {
     "best_layer": "bakeoff.embedding.baselines",
     "bidirectional": "bakeoff.models",
     "compare_designs": "bakeoff.embedding.problem",
+    "default_designs": "bakeoff.embedding.problem",
     "encode_with_instruction": "bakeoff.embedding.instruction",
     "false_negative_mask": "bakeoff.embedding.contrastive",
     "homogeneous_batches": "bakeoff.embedding.training",

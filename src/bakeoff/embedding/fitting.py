@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,13 @@ from torch import Tensor
 from bakeoff.data.tasks import TextPairs
 from bakeoff.embedding.baselines import best_layer
 from bakeoff.embedding.pooling import PoolingModule
-from bakeoff.embedding.training import Budget, homogeneous_batches, train_contrastive
+from bakeoff.embedding.training import (
+    Budget,
+    Encode,
+    homogeneous_batches,
+    negatives_of,
+    train_contrastive,
+)
 from bakeoff.embedding.two_stage import add_lora, embed_with_gradients, merge_lora
 
 if TYPE_CHECKING:
@@ -118,22 +125,34 @@ class CachedTexts:
 
 
 class _Sides:
-    """The queries, positives and negatives of all groups, addressed by pair."""
+    """The queries, positives and hard negatives of all groups, addressed by pair."""
 
     def __init__(self, groups: Sequence[TextPairs]) -> None:
         self._queries = [text for group in groups for text in group.queries]
         self._positives = [text for group in groups for text in group.positives]
         self._negatives = [
-            text for group in groups for text in (group.negatives or [None] * len(group))
+            entry for group in groups for entry in negatives_of(group) or [()] * len(group)
         ]
 
-    def of(self, side: str, pairs: Indices) -> list[str] | None:
-        """Return one side's texts; None where these pairs have no negatives."""
+    def of(self, side: str, pairs: Indices) -> list[str]:
+        """Return one side's texts, pair by pair; of n negatives each, all n in a row."""
         if side == "negative":
-            chosen = [self._negatives[pair] for pair in pairs]
-            return None if None in chosen else [str(text) for text in chosen]
+            return [text for pair in pairs for text in self._negatives[pair]]
         texts = self._queries if side == "query" else self._positives
         return [texts[pair] for pair in pairs]
+
+
+def _encoder(sides: _Sides, embed: Callable[[Sequence[str]], Tensor]) -> Encode:
+    """Return the function that `train_contrastive` asks for the vectors of some pairs."""
+
+    def encode(side: str, pairs: Indices) -> Tensor | None:
+        texts = sides.of(side, pairs)
+        if not texts:
+            return None
+        vectors = embed(texts)
+        return vectors if side != "negative" else vectors.view(len(pairs), -1, vectors.shape[1])
+
+    return encode
 
 
 def choose_layer(
@@ -156,7 +175,7 @@ def choose_layer(
     total = sum(len(group) for group in groups)
     pairs = np.sort(np.random.default_rng(0).permutation(total)[:at_most])
     queries, positives = (
-        cached.features.layer_means(cached.positions(sides.of(side, pairs) or []))
+        cached.features.layer_means(cached.positions(sides.of(side, pairs)))
         for side in ("query", "positive")
     )
     if center:
@@ -195,15 +214,11 @@ def fit_head(
         Called with the fraction done.
     """
     if budget is not None:
-        sides = _Sides(groups)
 
-        def encode(side: str, pairs: Indices) -> Tensor | None:
-            texts = sides.of(side, pairs)
-            if texts is None:
-                return None
+        def pool(texts: Sequence[str]) -> Tensor:
             return head.pool(*cached.states(head.reads, cached.positions(texts)))
 
-        _train(encode, head, [], groups, budget, seed, progress)
+        _train(_encoder(_Sides(groups), pool), head, [], groups, budget, seed, progress)
     head.eval().requires_grad_(False)
     offset = None
     if center:
@@ -250,12 +265,7 @@ def fit_whole(
     if lora:
         add_lora(model)
     base_parameters = [p for p in model[0].parameters() if p.requires_grad]
-    sides = _Sides(groups)
-
-    def encode(side: str, pairs: Indices) -> Tensor | None:
-        texts = sides.of(side, pairs)
-        return None if texts is None else embed_with_gradients(model, texts)
-
+    encode = _encoder(_Sides(groups), partial(embed_with_gradients, model))
     model.train()
     _train(encode, head, base_parameters, groups, budget, seed, progress)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -274,7 +284,7 @@ def fit_whole(
 
 
 def _train(
-    encode: Callable[[Any, Indices], Tensor | None],
+    encode: Encode,
     head: PoolingModule,
     base_parameters: Sequence[torch.nn.Parameter],
     groups: Sequence[TextPairs],

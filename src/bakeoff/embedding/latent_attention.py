@@ -9,6 +9,22 @@ from torch import Tensor
 from bakeoff.embedding.cross_attention import CrossAttentionBlock, random_latents
 from bakeoff.embedding.pooling import PoolingModule, mean_over_tokens, positive_int
 
+METHOD = {
+    "slug": "nv-embed",
+    "title": "Latent-attention pooling and two-stage contrastive instruction tuning",
+    "paper": "Lee et al., NV-Embed: Improved Techniques for Training LLMs as Generalist Embedding "
+    "Models, ICLR 2025, arXiv 2405.17428",
+    "designs": ["latent-attention"],
+    "names": [
+        "LatentAttentionPooling",
+        "TwoStageTrainer",
+        "ClassTriplets",
+        "mine_hard_negatives",
+        "instruction_pool_mask",
+        "make_bidirectional",
+    ],
+}
+
 
 class LatentAttentionPooling(PoolingModule):
     """Every token's state attends to a learned dictionary; the results are averaged over tokens.

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from bakeoff.models import BaseModel, FeatureCache
 
 Train = Literal["head", "lora", "full"]
+Attention = Literal["causal", "bidirectional"]
 Progress = Callable[[float, str], None]
 
 METRICS: dict[str, Metric] = {
@@ -259,11 +260,11 @@ class EmbeddingProblem:
 
             self._cached(attention, progress)
 
-    def _attention(self, design: Design) -> str:
-        chosen: str = design.params.get("attention", "causal")
+    def _attention(self, design: Design) -> Attention:
+        chosen: Attention = design.params.get("attention", "causal")
         return chosen if self.base.is_decoder else "bidirectional"
 
-    def _cached(self, attention: str, progress: Progress | None = None) -> CachedTexts:
+    def _cached(self, attention: Attention, progress: Progress | None = None) -> CachedTexts:
         if attention not in self._states:
             from bakeoff.embedding.fitting import CachedTexts
             from bakeoff.models import FeatureCache

@@ -16,6 +16,15 @@ from bakeoff.embedding.pooling import (
     positive_int,
 )
 
+METHOD = {
+    "slug": "pooling-and-attention",
+    "title": "Trainable pooling over one or all layers, with causal or bidirectional attention",
+    "paper": "Tang and Yang, Pooling And Attention: What Are Effective Designs For LLM-Based "
+    "Embedding Models?, 2024, arXiv 2409.02727",
+    "designs": ["last-token", "last-layer-pooling", "multi-layer-pooling"],
+    "names": ["MultiLayerPooling", "LastLayerPooling", "bidirectional", "compare_designs"],
+}
+
 
 class LatentQueryAttention(nn.Module):
     """Learned latents query a set of vectors; the mean of what they gather is the result.

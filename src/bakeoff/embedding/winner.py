@@ -101,7 +101,7 @@ def sentence_transformer(
     return SentenceTransformer(modules=modules, device="cpu").eval()
 
 
-def _stock_modules(transformer: nn.Module, base: BaseModel, head: PoolingModule) -> list[nn.Module]:
+def _stock_modules(transformer: Any, base: BaseModel, head: PoolingModule) -> list[nn.Module]:
     from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
 
     pooling = Pooling(base.hidden_size, pooling_mode=STOCK_POOLING[type(head)])
@@ -123,7 +123,7 @@ def _centring(offset: Tensor) -> nn.Module:
     from sentence_transformers.base.modules import Dense
 
     width = len(offset)
-    return Dense(
+    subtract: nn.Module = Dense(
         width,
         width,
         bias=True,
@@ -131,6 +131,7 @@ def _centring(offset: Tensor) -> nn.Module:
         init_weight=torch.eye(width),
         init_bias=-offset.detach().float(),
     )
+    return subtract
 
 
 def save_winner(model: SentenceTransformer, directory: Path, facts: Mapping[str, Any]) -> bool:
