@@ -13,7 +13,7 @@ class BakeoffError(Exception):
 
 
 class DataError(BakeoffError, ValueError):
-    """The user's data cannot be used as given: names the file, column or row and what is accepted."""
+    """The user's data cannot be used as given; names the file, column or row, and what can be."""
 
 
 class ModelError(BakeoffError, ValueError):

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_problem import save_base, sentences
+from tests.embedding.tiny_problem import save_base, sentences
 from typer.testing import CliRunner
 
 from bakeoff.cli.main import app
@@ -69,7 +69,11 @@ def test_run_leaves_everything_it_promises(finished):
         path.name for path in out.iterdir()
     }
     results = json.loads((out / "results.json").read_text())
-    assert [design["name"] for design in results["designs"]][0]
+    assert {design["name"] for design in results["designs"]} == {
+        "mean, causal",
+        "last token, causal",
+        "scalar mix of layers",
+    }
     assert results["winner"]["artifact"] == "winner"
     assert results["command"].startswith("bakeoff run embedding --data")
     report = (out / "report.html").read_text()

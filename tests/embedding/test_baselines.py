@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
+from tests.embedding.small_models import n_parameters
 
 from bakeoff.embedding import (
     ConcatLinearPooling,
@@ -20,7 +21,6 @@ from bakeoff.embedding import (
     layer_scores,
     reduce_hidden_states,
 )
-from tests.embedding.small_models import n_parameters
 
 LAYERS, WIDTH = 4, 6
 MASKS = {

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from tests.embedding.small_models import OFFICIAL, drawn
 
 from bakeoff.data.tasks import TextPairs
 from bakeoff.embedding import (
@@ -20,7 +21,6 @@ from bakeoff.embedding import (
     train_contrastive,
 )
 from bakeoff.embedding.training import negatives_of, pairs_with_negatives
-from tests.embedding.small_models import OFFICIAL, drawn
 
 
 def vectors(n=6, d=5, negatives=3, dtype=torch.float32):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tests.embedding.small_models import TEXTS, tokenizer
 
 from bakeoff.embedding import encode_with_instruction, instruction_pool_mask, instruction_prompt
-from tests.embedding.small_models import TEXTS, tokenizer
 
 
 def byte_level_tokenizer():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tests.embedding.small_models import OFFICIAL, drawn, n_parameters, with_official_weights
 
 from bakeoff.embedding import LatentAttentionPooling
-from tests.embedding.small_models import OFFICIAL, drawn, n_parameters, with_official_weights
 
 MASK = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.embedding.small_models import TEXTS, backbone_folder, embedder, llama, tokenizer
 
 import bakeoff.embedding
 from bakeoff.embedding import (
@@ -23,7 +24,6 @@ from bakeoff.embedding import (
     ScalarMixPooling,
     SingleLayerMeanPooling,
 )
-from tests.embedding.small_models import TEXTS, backbone_folder, embedder, llama, tokenizer
 
 WIDTH, LAYERS = 16, 3
 HEADS = {

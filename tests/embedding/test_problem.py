@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests.embedding.tiny_problem import data, problem
 
 from bakeoff.embedding.problem import EmbeddingProblem, compare_designs, default_designs
 from bakeoff.errors import DataError
 from bakeoff.study import Design, Study, Work
-from tiny_problem import data, problem
 
 DESIGNS = default_designs(num_latents=2, num_heads=4)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tests.embedding.small_models import OFFICIAL, drawn, n_parameters, with_official_weights
 
 from bakeoff.embedding import LastLayerPooling, MultiLayerPooling, attention_mask_from_ids
 from bakeoff.embedding.pooling import reduce_hidden_states
-from tests.embedding.small_models import OFFICIAL, drawn, n_parameters, with_official_weights
 
 LAYERS, WIDTH = 5, 16
 

@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from tests.embedding.small_models import TEXTS, WORDS, embedder
 
 from bakeoff.data.tasks import TextPairs
 from bakeoff.embedding import (
@@ -19,7 +20,6 @@ from bakeoff.embedding import (
     two_stage,
 )
 from bakeoff.embedding.two_stage import add_lora, embed_with_gradients, lora_config, merge_lora
-from tests.embedding.small_models import TEXTS, WORDS, embedder
 
 RETRIEVAL = TextPairs(
     tuple(f"the {a} {b}" for a in WORDS[2:6] for b in WORDS[6:9]),

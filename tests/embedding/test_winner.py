@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_problem import problem, sentences
+from tests.embedding.tiny_problem import problem, sentences
 
 from bakeoff.embedding.problem import default_designs
 from bakeoff.embedding.winner import export_onnx

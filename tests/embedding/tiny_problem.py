@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tests.models import tiny
 
 from bakeoff.data.tasks import (
     ClassificationTask,
@@ -17,7 +18,6 @@ from bakeoff.data.tasks import (
 )
 from bakeoff.embedding.problem import EmbeddingProblem
 from bakeoff.models import FeatureCache
-import tiny
 
 
 def save_base(folder: Path) -> Path:

@@ -4,10 +4,10 @@ import logging
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.models import tiny
 
 from bakeoff.errors import DataError, ModelError
 from bakeoff.models import encode

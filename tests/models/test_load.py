@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from tests.models import tiny
 
 from bakeoff.errors import ModelError
 from bakeoff.models import load

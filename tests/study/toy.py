@@ -84,7 +84,7 @@ class Toy:
             (artifact / "weights.txt").write_text(f"{design.name} {seed}")
         scores = toy_scores(params.get("effect", 0.0), seed, self.n_units)
         if params.get("mischief") == "replace" and misbehave:
-            scores = eval_scores(params["with"])
+            scores = odd_scores(params["with"])
         started.rename(started.with_suffix(".done"))
         return Trial(
             scores, {"labels_used": 10.0 + seed}, artifact, (f"{design.method} says hello",)
@@ -106,7 +106,7 @@ def toy_scores(effect: float, seed: int, n_units: int) -> dict[str, dict[str, np
     }
 
 
-def eval_scores(kind: str) -> object:
+def odd_scores(kind: str) -> object:
     """Scores that must be refused."""
     good = toy_scores(0.0, 0, 20)
     return {

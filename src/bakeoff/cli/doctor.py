@@ -108,7 +108,7 @@ def _models() -> list[dict[str, str | None]]:
 
 
 def _data() -> dict[str, str | None]:
-    from bakeoff.data import embedded_is_present
+    from bakeoff.data.embedded import embedded_is_present
 
     if embedded_is_present():
         return _check("default data", "ok", "in the cache")

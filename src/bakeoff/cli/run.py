@@ -178,12 +178,18 @@ def _default_reference(chosen: Designs) -> str:
 
 
 def _with_reference(chosen: Designs, known: Designs, reference: str) -> Designs:
-    """Add the reference to the designs if it is a known one that was not listed."""
+    """Add the reference to the designs if it was not listed; refuse one that nobody knows."""
     from bakeoff.study import Designs
 
     if any(design.name == reference for design in chosen):
         return chosen
-    return Designs([*(design for design in known if design.name == reference), *chosen])
+    added = [design for design in known if design.name == reference]
+    if not added:
+        names = "; ".join(design.name for design in known)
+        raise DataError(
+            f"--reference must be a design's name, got {reference!r}; there are: {names}"
+        )
+    return Designs([*added, *chosen])
 
 
 def _save_winner(problem: Any, chosen: Designs, results: Results, console: Any) -> Path | None:

@@ -282,24 +282,10 @@ def _filtered(
 ) -> tuple[tuple[TextPairs, ...], int]:
     kept, n_removed = [], 0
     for group in pairs:
-        negatives = group.negatives
-        rows = [
-            row
-            for row in range(len(group))
-            if allowed(group.queries[row])
-            and allowed(group.positives[row])
-            and (negatives is None or allowed(negatives[row]))
-        ]
+        rows = [row for row in range(len(group)) if all(map(allowed, group.texts(row)))]
         n_removed += len(group) - len(rows)
         if rows:
-            kept.append(
-                TextPairs(
-                    tuple(group.queries[row] for row in rows),
-                    tuple(group.positives[row] for row in rows),
-                    None if negatives is None else tuple(negatives[row] for row in rows),
-                    group.group,
-                )
-            )
+            kept.append(group.take(rows))
     return tuple(kept), n_removed
 
 

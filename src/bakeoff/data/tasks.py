@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ from bakeoff.errors import DataError
 class TextPairs:
     """Training pairs: `positives[i]` belongs to `queries[i]`; `negatives[i]` (if any) does not.
 
-    All lists have one length. A query has one hard negative, or a tuple of several. `group` names the source; batches never mix groups.
+    All lists have one length. A query has one hard negative, or a tuple of several. `group` names
+    the source; batches never mix groups.
 
     Examples
     --------
@@ -41,6 +42,24 @@ class TextPairs:
 
     def __len__(self) -> int:
         return len(self.queries)
+
+    def texts(self, row: int) -> tuple[str, ...]:
+        """Return a row's query, positive and negatives."""
+        given = self.negatives[row] if self.negatives is not None else ()
+        return (
+            self.queries[row],
+            self.positives[row],
+            *((given,) if isinstance(given, str) else given),
+        )
+
+    def take(self, rows: Sequence[int]) -> TextPairs:
+        """Return some of the rows, in the order asked for."""
+
+        def chosen(column: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(column[row] for row in rows)
+
+        negatives = None if self.negatives is None else chosen(self.negatives)
+        return TextPairs(chosen(self.queries), chosen(self.positives), negatives, self.group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,9 +199,8 @@ class EmbeddingData:
         """Return every distinct text of training pairs and tasks, in order of appearance."""
         seen: dict[str, None] = {}
         for pairs in self.train:
-            seen.update(dict.fromkeys((*pairs.queries, *pairs.positives)))
-            for given in pairs.negatives or ():
-                seen.update(dict.fromkeys([given] if isinstance(given, str) else given))
+            for row in range(len(pairs)):
+                seen.update(dict.fromkeys(pairs.texts(row)))
         for task in self.tasks:
             seen.update(dict.fromkeys(task_texts(task)))
         return tuple(seen)

@@ -277,24 +277,23 @@ def comparable(
     """Return the designs and the seeds that form a full grid of finished trials.
 
     A design without any finished trial is left out; of the others, only seeds that all of them have
-    finished count. Should there be none, the designs with the fewest finished trials are left out
-    (the reference last) until there are.
+    finished count. Should there be none, the designs that share the fewest seeds with the reference
+    (if that has none, with the design that has the most) are left out until there are.
 
     Examples
     --------
     >>> comparable(["a", "b"], "a", [0, 1], {("a", 0), ("a", 1), ("b", 1)})
     (['a', 'b'], [1])
     """
-    counts = {name: sum((name, seed) in finished for seed in seeds) for name in designs}
-    chosen = [name for name in designs if counts[name]]
-    while chosen:
-        common = [seed for seed in seeds if all((name, seed) in finished for name in chosen)]
-        if common:
-            return chosen, common
-        others = [name for name in chosen if name != reference]
-        fewest = min(counts[name] for name in others)
-        chosen.remove([name for name in others if counts[name] == fewest][-1])
-    return [], []
+    done = {name: {seed for seed in seeds if (name, seed) in finished} for name in designs}
+    chosen = [name for name in designs if done[name]]
+    if not chosen:
+        return [], []
+    anchor = reference if reference in chosen else max(chosen, key=lambda name: len(done[name]))
+    while not (common := set.intersection(*(done[name] for name in chosen))):
+        others = [name for name in reversed(chosen) if name != anchor]
+        chosen.remove(min(others, key=lambda name: len(done[name] & done[anchor])))
+    return chosen, [seed for seed in seeds if seed in common]
 
 
 def combined_tasks(
