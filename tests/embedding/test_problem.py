@@ -199,3 +199,43 @@ def test_compare_designs_is_wilcoxon_with_holm():
     low, high = sorted(table[name]["p_value"] for name in table)
     assert min(row["p_holm"] for row in table.values()) == pytest.approx(min(1, 2 * low))
     assert max(row["p_holm"] for row in table.values()) == pytest.approx(max(high, 2 * low))
+
+
+def test_texts_that_are_cut_are_counted(tiny, tmp_path):
+    (tmp_path / "short").mkdir()
+    assert tiny.run(DESIGNS[0], 0, Work(tmp_path / "short")).notes == ()
+    made = problem(tmp_path, max_length=6)
+    texts = made.data.texts()
+    longer = sum(len(text.split()) + 1 > 6 for text in texts)  # one token a word and the end
+    (tmp_path / "long").mkdir()
+    notes = made.run(DESIGNS[0], 0, Work(tmp_path / "long")).notes
+    assert notes == (f"{longer} of {len(texts)} texts were cut at 6 tokens",)
+
+
+def test_an_encoder_base_runs_bidirectional_designs_only(tmp_path):
+    from tests.models import tiny as small
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path / "base"
+    BertModel(
+        BertConfig(
+            vocab_size=96,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            pad_token_id=0,
+        )
+    ).save_pretrained(folder)
+    small.tokenizer().save_pretrained(folder)
+    made = problem(tmp_path)
+    assert made.attentions == ("bidirectional",)
+    with pytest.raises(DataError, match="is an encoder: give attention='bidirectional'"):
+        made.check(DESIGNS[0])
+    designs = default_designs(made.attentions, num_latents=2, num_heads=4)
+    assert len(designs) == 12
+    for design in designs:
+        scratch = tmp_path / design.name
+        scratch.mkdir()
+        assert np.isfinite(units(made.run(design, 0, Work(scratch)))).all()

@@ -68,11 +68,13 @@ def run(
         max_length=max_length,
         **{name: value for name, value in budget.items() if value is not None},
     )
+    console.print(f"loading base model {base}", style="dim", highlight=False)
+    known = default_designs(problem.attentions)
+    chosen = known if designs is None else chosen
     reference = reference or _default_reference(chosen)
-    chosen = _with_reference(chosen, default_designs(), reference)
+    chosen = _with_reference(chosen, known, reference)
     for design in chosen:
         problem.check(design)
-    console.print(f"loading base model {base}", style="dim", highlight=False)
     directory = out or Path("bakeoff-runs") / f"{family}-{problem.fingerprint()[:8]}"
     study = Study(
         problem,
@@ -174,7 +176,8 @@ def _read(
 
 def _default_reference(chosen: Designs) -> str:
     names = [design.name for design in chosen]
-    return "mean, causal" if "mean, causal" in names else names[0]
+    simplest = ("mean, causal", "mean, bidirectional", names[0])
+    return next(name for name in simplest if name in names)
 
 
 def _with_reference(chosen: Designs, known: Designs, reference: str) -> Designs:

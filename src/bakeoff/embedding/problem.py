@@ -46,11 +46,19 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def default_designs(*, num_latents: int = 8, num_heads: int = 8) -> Designs:
+def default_designs(
+    attentions: Sequence[Attention] = ("causal", "bidirectional"),
+    *,
+    num_latents: int = 8,
+    num_heads: int = 8,
+) -> Designs:
     """Return the paper's grid, latent attention, and the sceptic's baselines.
 
     Parameters
     ----------
+    attentions
+        Attention kinds of the grid. The training-free and linear baselines take the first, the
+        perceptron the last, as latent attention's control. For encoders give ``"bidirectional"``.
     num_latents, num_heads
         Size of the trainable heads. The papers' sizes (768 and 512 latents) belong to base models
         fifty times as large.
@@ -61,7 +69,6 @@ def default_designs(*, num_latents: int = 8, num_heads: int = 8) -> Designs:
     ['last token, causal', 'last token, bidirectional', 'mean, causal']
     """
     sizes = {"num_latents": num_latents, "num_heads": num_heads}
-    attention = Designs.axis("attention", ["causal", "bidirectional"])
     grid = Designs(
         [
             Design("last token", "last-token"),
@@ -72,18 +79,18 @@ def default_designs(*, num_latents: int = 8, num_heads: int = 8) -> Designs:
             Design("latent attention", "latent-attention", sizes),
         ]
     )
-    causal, both_ways = {"attention": "causal"}, {"attention": "bidirectional"}
+    plain, control = {"attention": attentions[0]}, {"attention": attentions[-1]}
     rivals = Designs(
         [
-            Design("mean, centred", "mean", {**causal, "center": True}),
-            Design("best layer", "best-layer", causal),
-            Design("best layer, centred", "best-layer", {**causal, "center": True}),
-            Design("scalar mix of layers", "scalar-mix", causal),
-            Design("all layers + linear", "concat-linear", causal),
-            Design("residual MLP + mean", "residual-mlp", {**both_ways, **sizes}),
+            Design("mean, centred", "mean", {**plain, "center": True}),
+            Design("best layer", "best-layer", plain),
+            Design("best layer, centred", "best-layer", {**plain, "center": True}),
+            Design("scalar mix of layers", "scalar-mix", plain),
+            Design("all layers + linear", "concat-linear", plain),
+            Design("residual MLP + mean", "residual-mlp", {**control, **sizes}),
         ]
     )
-    return grid * attention + rivals
+    return grid * Designs.axis("attention", list(attentions)) + rivals
 
 
 class EmbeddingProblem:
@@ -166,6 +173,7 @@ class EmbeddingProblem:
         self._base: BaseModel | None = None
         self._states: dict[str, CachedTexts] = {}
         self._base_flops: float | None = None
+        self._n_cut: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Loaded models and open maps stay behind when a worker process gets a copy.
@@ -179,6 +187,11 @@ class EmbeddingProblem:
 
             self._base = load(self.base_name, append_eos=True)
         return self._base
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The attention kinds that the base model can run: both for decoders."""
+        return ("causal", "bidirectional") if self.base.is_decoder else ("bidirectional",)
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
@@ -232,11 +245,16 @@ class EmbeddingProblem:
             raise DataError(
                 f"design {design.name!r}: {design.method} takes {sorted(known)}, got {unknown}"
             )
-        attention = design.params.get("attention", "causal")
+        attention = design.params.get("attention", self.attentions[0])
         if attention not in ("causal", "bidirectional"):
             raise DataError(
                 f"design {design.name!r}: attention must be causal or bidirectional, "
                 f"got {attention!r}"
+            )
+        if attention not in self.attentions:
+            raise DataError(
+                f"design {design.name!r} asks for {attention} attention, but base model "
+                f"{self.base.name!r} is an encoder: give attention='bidirectional'"
             )
         if (kind.trained or self.train != "head") and not self.data.train:
             raise DataError(
@@ -261,8 +279,8 @@ class EmbeddingProblem:
             self._cached(attention, progress)
 
     def _attention(self, design: Design) -> Attention:
-        chosen: Attention = design.params.get("attention", "causal")
-        return chosen if self.base.is_decoder else "bidirectional"
+        chosen: Attention = design.params.get("attention", self.attentions[0])
+        return chosen
 
     def _cached(self, attention: Attention, progress: Progress | None = None) -> CachedTexts:
         if attention not in self._states:
@@ -287,7 +305,7 @@ class EmbeddingProblem:
         import torch
 
         self.check(design)
-        notes: list[str] = []
+        notes = self._truncation()
         resolved = self._resolve(design, notes)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -306,6 +324,15 @@ class EmbeddingProblem:
             artifact=work.directory,
             notes=tuple(notes),
         )
+
+    def _truncation(self) -> list[str]:
+        if self._n_cut is None:
+            lengths = self.base.tokenizer(list(self.data.texts()))["input_ids"]
+            self._n_cut = sum(len(ids) > self.max_length for ids in lengths)
+        if not self._n_cut:
+            return []
+        total = len(self.data.texts())
+        return [f"{self._n_cut} of {total} texts were cut at {self.max_length} tokens"]
 
     def _resolve(self, design: Design, notes: list[str]) -> dict[str, Any]:
         """Return the parameters that the training data decides; so far, which layer."""

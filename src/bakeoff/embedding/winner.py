@@ -27,6 +27,7 @@ from bakeoff.embedding.baselines import (
 )
 from bakeoff.embedding.pooling import PoolingModule
 from bakeoff.errors import BakeoffError, ModelError
+from bakeoff.models import quiet_transformers
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -76,8 +77,6 @@ def sentence_transformer(
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
-
-    from bakeoff.models import quiet_transformers
 
     with quiet_transformers():  # it warns of the language-model head that pooling does without
         transformer = Transformer(
@@ -155,7 +154,8 @@ def save_winner(model: SentenceTransformer, directory: Path, facts: Mapping[str,
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
     try:
-        model.save_pretrained(str(scratch), create_model_card=False)
+        with quiet_transformers():
+            model.save_pretrained(str(scratch), create_model_card=False)
         stock = not any(name.startswith("bakeoff.") for name in _module_types(scratch))
         write_text(scratch / "bakeoff.json", json.dumps(dict(facts), indent=1, default=str))
         write_text(scratch / "README.md", _readme(facts, stock))
