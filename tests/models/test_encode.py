@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -53,12 +55,23 @@ def model(tmp_path_factory):
     return sentence_transformer(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture
+def threads():
+    """A function that sets torch's number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("name", "pooling"),
     [("bert", "mean"), ("bert", "cls"), ("bert", "max"), ("llama", "lasttoken"), ("qwen3", "mean")],
 )
-@pytest.mark.parametrize("batch_tokens", [1, 40, None])
-def test_gives_the_vectors_of_sentence_transformers(tmp_path, name, pooling, batch_tokens):
+@pytest.mark.parametrize(("batch_tokens", "n_threads"), [(1, 1), (40, 3), (None, 2)])
+def test_gives_the_vectors_of_sentence_transformers(
+    tmp_path, threads, name, pooling, batch_tokens, n_threads
+):
+    threads(n_threads)
     model = sentence_transformer(tmp_path, name, pooling)
     texts = texts_of_all_lengths()
     # A random BERT's vectors differ by 0.1 and more between texts, so 1e-5 is a strict demand.
@@ -66,6 +79,75 @@ def test_gives_the_vectors_of_sentence_transformers(tmp_path, name, pooling, bat
     np.testing.assert_allclose(
         encode(model, texts, batch_tokens=batch_tokens), model.encode(texts), atol=1e-5
     )
+
+
+def test_batches_run_side_by_side_and_the_number_of_threads_comes_back(model, threads):
+    threads(3)
+    running, most, seen = 0, 0, set()
+    lock = threading.Lock()
+
+    def enter(*_):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+            seen.add((threading.current_thread().name, torch.get_num_threads()))
+        time.sleep(0.01)
+
+    def leave(*_):
+        nonlocal running
+        with lock:
+            running -= 1
+
+    hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)]
+    try:
+        encode(model, texts_of_all_lengths(), batch_tokens=40)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert most == 3
+    assert {n for name, n in seen if name.startswith("encode")} == {1}
+    assert torch.get_num_threads() == 3
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [3]
+
+
+def test_modules_of_unknown_origin_see_one_batch_at_a_time(model, threads):
+    from sentence_transformers import SentenceTransformer
+
+    class Remembers(torch.nn.Module):
+        def forward(self, features):
+            self.batch = features["sentence_embedding"]
+            time.sleep(0.001)
+            return {**features, "sentence_embedding": self.batch * 2}
+
+    threads(3)
+    doubled = SentenceTransformer(modules=[*model, Remembers()], device="cpu")
+    texts = texts_of_all_lengths()
+    np.testing.assert_allclose(
+        encode(doubled, texts, batch_tokens=40), 2 * encode(model, texts), atol=1e-5
+    )
+
+
+def test_an_error_in_a_module_reaches_the_caller(model, threads):
+    threads(2)
+    calls = []
+
+    def fail(*_):
+        calls.append(None)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+
+    hook = model.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            encode(model, texts_of_all_lengths(), batch_tokens=40)
+    finally:
+        hook.remove()
+    assert torch.get_num_threads() == 2
 
 
 def test_depends_neither_on_order_nor_on_the_other_texts(model):

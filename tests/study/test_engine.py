@@ -233,6 +233,8 @@ def test_a_worker_that_dies_costs_its_own_trial_only(tmp_path, log):
     assert {f["error"] for f in results["failures"]} == {
         "the worker process ended with exit code 3"
     }
+    alone = study(tmp_path, Toy(log), [deadly, *DESIGNS], seeds=[0], workers=2).run()
+    assert counts(alone) == {"finished": 3, "failed": 1, "reused": 3}
 
 
 @dataclass(frozen=True)

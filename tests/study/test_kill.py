@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from toy import DESIGNS, Toy, runs, statistics
 from bakeoff.study import Study, load_results
 from bakeoff.study.store import Store
 
-SEEDS = 8
+SEEDS = 14
 SCRIPT = """
 import sys
 sys.path.insert(0, {here!r})
@@ -24,7 +25,7 @@ from bakeoff.study import Study, events
 def tell(event):
     if isinstance(event, events.StudyStarted):
         print("started", flush=True)
-    if isinstance(event, events.TrialFinished):
+    if isinstance(event, events.TrialFinished) and not event.reused:
         print("finished", event.design, event.seed, flush=True)
 
 if __name__ == "__main__":
@@ -45,17 +46,22 @@ class Victim:
             )
         )
 
-    def run(self, workers: int, delay: float | None) -> tuple[int, set[str]]:
-        """Run the study; kill it so many seconds after its start. Returns what it said was done."""
-        process = subprocess.Popen(
-            [sys.executable, self.script, str(workers)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "started\n"
-        if delay is not None:
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-        said, _ = process.communicate(timeout=60)
-        return process.returncode, {line for line in said.splitlines() if line.count(" ") == 2}
+    def run(self, workers: int, kill_after: int | None, delay: float = 0.0) -> set[str]:
+        """Run the study; kill it `delay` seconds after that many trials have been finished.
+
+        Returns which trials it said it had finished.
+        """
+        command = [sys.executable, self.script, str(workers)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "started\n"
+            lines = list(islice(process.stdout, kill_after))
+            if kill_after is not None:
+                time.sleep(delay)
+                process.send_signal(signal.SIGKILL)
+            said, _ = process.communicate(timeout=60)
+        assert process.returncode == (0 if kill_after is None else -signal.SIGKILL)
+        # A kill can cut the last line short.
+        return {line.strip() for line in [*lines, *said.splitlines(True)] if line.endswith("\n")}
 
     def finished(self) -> set[str]:
         """What the store holds, each with its files whole."""
@@ -84,32 +90,35 @@ class Victim:
 def test_kill_at_random_moments_and_run_again(tmp_path, workers):
     rng = random.Random(workers)
     victim = Victim(tmp_path)
+    planned = len(DESIGNS) * SEEDS
     acknowledged: set[str] = set()
     runs_when_finished: dict[str, int] = {}
-    kills = 0
-    while kills < 5:
-        # Workers take a while to start; the last kills come when everything is done but the report.
-        code, said = victim.run(workers, rng.uniform(0.0, 0.35 if workers == 1 else 1.3))
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
-        kills += 1
-        acknowledged |= said
-        if kills % 2:  # every other time the next run has to clear up by itself
-            finished = victim.finished()
-            assert acknowledged <= finished
-            assert runs_when_finished.keys() <= finished
-            counts = victim.runs()
-            for trial in finished:
-                runs_when_finished.setdefault(trial, counts[trial])
-    assert kills >= 4
-    code, said = victim.run(workers, None)
-    assert code == 0
-    planned = len(DESIGNS) * SEEDS
-    assert len(said) == len(victim.finished()) == planned
+
+    def look() -> None:
+        finished = victim.finished()
+        assert acknowledged <= finished
+        assert runs_when_finished.keys() <= finished
+        counts = victim.runs()
+        for trial in finished:
+            runs_when_finished.setdefault(trial, counts[trial])
+
+    # Two kills hit the start, where files are made and workers spawned.
+    moments = [(0, rng.uniform(0, 0.1)), (0, rng.uniform(0, 0.4))]
+    moments += [(rng.randrange(1, 5), rng.uniform(0, 0.06)) for _ in range(3)]
+    for number, (kill_after, delay) in enumerate(moments):
+        acknowledged |= victim.run(workers, kill_after, delay)
+        if number % 2:  # every other time the next run has to clear up by itself
+            look()
+    look()
+    # The last kill comes when all is done but the results.
+    acknowledged |= victim.run(workers, planned - len(victim.finished()), rng.uniform(0, 0.1))
+    look()
+    assert len(acknowledged) <= planned
+    assert victim.run(workers, None) == set()
+    assert len(victim.finished()) == planned
     counts = victim.runs()
     assert {trial: counts[trial] for trial in runs_when_finished} == runs_when_finished
-    assert sum(counts.values()) <= planned + kills * workers
+    assert sum(counts.values()) <= planned + len(moments) * workers
     calm = Study(
         Toy(victim.log, artifact=True),
         DESIGNS,

@@ -88,12 +88,12 @@ def test_many_units_agree_with_scipys_permutation_test_within_monte_carlo_error(
         (design - reference,),
         lambda x, axis: np.mean(x, axis=axis),
         permutation_type="samples",
-        n_resamples=99_999,
+        n_resamples=29_999,
         vectorized=True,
-        batch=10_000,
+        batch=5_000,
         rng=1,
     ).pvalue
-    error = math.sqrt(expected * (1 - expected) / 9_999)
+    error = math.sqrt(expected * (1 - expected) * (1 / 9_999 + 1 / 29_999))
     assert one_task(design, reference).p_value == pytest.approx(expected, abs=5 * error + 2e-4)
 
 
@@ -164,6 +164,30 @@ def test_seeds_that_disagree_give_nearly_the_t_test_over_seeds():
     oracle = stats.ttest_1samp(design.mean(axis=1), 0)
     assert record.p_value == pytest.approx(oracle.pvalue, rel=0.01)
     assert record.interval == pytest.approx(tuple(oracle.confidence_interval(0.95)), rel=0.01)
+
+
+def test_one_task_with_seeds_gives_the_wider_of_two_textbook_intervals():
+    for spread in (0.02, 0.1, 0.3, 1.0):
+        rng = np.random.default_rng(int(100 * spread))
+        d = spread * np.array([-1.0, 0.2, 0.8])[:, None] + rng.normal(size=(1, 50))
+        d = d + 0.3 * rng.normal(size=(3, 50)) + 0.2
+        record = one_task(d, np.zeros((3, 50)))
+        units, seeds = d.mean(axis=0), d.mean(axis=1)
+        residual = d - units - seeds[:, None] + d.mean()
+        v_residual = (residual**2).sum() / (2 * 49) / 150
+        v_unit, v_seed = units.var(ddof=1) / 50, seeds.var(ddof=1) / 3
+        if v_seed <= v_residual:
+            assert spread == 0.02
+            continue
+        v = v_unit + v_seed - v_residual
+        degrees = v**2 / (v_unit**2 / 49 + v_seed**2 / 2 + v_residual**2 / 98)
+
+        def half(p, v=v, degrees=degrees, parts=(v_unit, v_seed - v_residual)):
+            t = stats.t.isf(p / 2, [degrees, 49, 2])
+            return max(t[0] * v**0.5, (t[1] ** 2 * parts[0] + t[2] ** 2 * parts[1]) ** 0.5)
+
+        assert record.interval == pytest.approx((d.mean() - half(0.05), d.mean() + half(0.05)))
+        assert half(record.p_value) == pytest.approx(abs(d.mean()))
 
 
 def test_crossed_variance_is_two_way_clustering_by_hand():
@@ -263,7 +287,8 @@ def test_needed_units_decide_with_the_promised_power():
     pilot = rng.normal(size=40)
     pilot = (pilot - pilot.mean()) / pilot.std(ddof=1) + 0.25
     needed = one_task(pilot, np.zeros(40)).needed_units
-    assert needed == pytest.approx((1.96 + 0.8416) ** 2 / 0.25**2, rel=0.02)
+    # The pilot's own variance has 39 degrees of freedom, hence Student's quantile.
+    assert needed == math.ceil((stats.t.ppf(0.975, 39) + 0.8416) ** 2 / 0.25**2)
     decided = [
         one_task(rng.normal(0.25, 1, size=needed), np.zeros(needed)).verdict == "better"
         for _ in range(300)
@@ -335,6 +360,15 @@ def test_order_of_units_and_seeds_does_not_matter(n_seeds, seed_spread):
     assert_close(before.overall, after.overall)
     for task in before.tasks:
         assert_close(before.tasks[task], after.tasks[task])
+
+
+def test_copies_of_one_seed_add_no_information():
+    scores = crossed(np.random.default_rng(31), n_seeds=1, effect=0.3)
+    single = compare(scores, "reference")["design"]
+    copied = compare(mapped(scores, lambda task, array: np.repeat(array, 4, axis=0)), "reference")
+    assert_close(single.overall, copied["design"].overall, 1e-9)
+    for task, record in single.tasks.items():
+        assert_close(record, copied["design"].tasks[task], 1e-9)
 
 
 def test_constants_scale_and_sign():
@@ -602,9 +636,9 @@ LOWEST_COVERAGE = stats.binom.ppf(5e-4, STUDIES, 0.93) / STUDIES
 HIGHEST_COVERAGE = stats.binom.isf(5e-4, STUDIES, 0.97) / STUDIES
 
 
-def simulate(seed, **options):
+def simulate(rng_seed, **options):
     """Return rate of false verdicts, coverage and rate of unpaired significance."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(rng_seed)
     tail = options.pop("tail", None)
     noise = (lambda size: rng.standard_t(tail, size)) if tail else None
     false, covered, unit_level = 0, 0, 0

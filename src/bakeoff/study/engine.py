@@ -96,11 +96,24 @@ class Study:
 
     Examples
     --------
-    See ``tests/study/toy.py`` for a whole problem in forty lines.
-
-    >>> study = Study(problem, designs, reference="mean", directory="out")  # doctest: +SKIP
-    >>> study.run().winner  # doctest: +SKIP
-    'mean, bidirectional'
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from bakeoff.study import Design, Metric, Study, Trial
+    >>> class Guessing:
+    ...     name = "guessing"
+    ...     metrics = {"hits": Metric("hit rate")}
+    ...
+    ...     def fingerprint(self): return "abc"
+    ...     def describe(self): return {"coins": 200}
+    ...     def method_version(self, method): return "1"
+    ...     def prepare(self, designs, seeds, work): pass
+    ...     def run(self, design, seed, work):
+    ...         guesses = np.random.default_rng(seed).random(200) < design.params["skill"]
+    ...         return Trial({"hits": {"coins": guesses.astype(float)}})
+    >>> designs = [Design(f"skill {p}", "guess", {"skill": p}) for p in (0.5, 0.9)]
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     Study(Guessing(), designs, reference="skill 0.5", directory=directory).run().winner
+    'skill 0.9'
     """
 
     def __init__(
@@ -266,7 +279,7 @@ class _Session:
 
     def _run_trials(self, missing: Sequence[tuple[str, int]]) -> None:
         jobs = [self._job(pair) for pair in missing]
-        executor = _executor(self._study.engine, min(self._study.workers, len(jobs)))
+        executor = _executor(self._study.engine, self._study.workers)
         outcomes = executor.run(self._study.problem, jobs, self._emit)
         with closing(outcomes):
             for outcome in outcomes:

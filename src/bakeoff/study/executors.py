@@ -133,12 +133,13 @@ class Processes:
 
         payload = pickle.dumps(problem)
         waiting = deque(jobs)
+        threads = threads_per_worker(min(self._workers, len(jobs)))
         crew: dict[Connection, _Worker] = {}
         any_worked = False
         try:
             while waiting or crew:
                 while waiting and len(crew) < self._workers:
-                    worker = _Worker(payload, threads_per_worker(self._workers))
+                    worker = _Worker(payload, threads)
                     crew[worker.connection] = worker
                     worker.give(waiting.popleft(), emit)
                 # A process that a dead worker has left behind can hold the pipe open, so no end of
@@ -309,7 +310,7 @@ def one_line(error: BaseException) -> str:
 
 def threads_per_worker(workers: int) -> int:
     """Return how many threads each of so many workers may use."""
-    return max(1, available_cores() // workers)
+    return max(1, available_cores() // max(1, workers))
 
 
 def available_cores() -> int:
@@ -451,22 +452,16 @@ def _serve(connection: Connection, payload: bytes) -> None:
     # Ctrl-C reaches the whole process group; the parent decides what ends when.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    connection.send(_READY)
     problem: Problem | None = None
-    while True:
-        try:
-            job = connection.recv()
-        except EOFError:
-            return
-        if job is None:
-            return
-        try:
-            if problem is None:
-                problem = pickle.loads(payload)
-            outcome = run_job(problem, job, connection.send)
-        except (Exception, SystemExit) as error:
-            outcome = Failed(job, one_line(error), traceback.format_exc())
-        connection.send(outcome)
+    with suppress(EOFError, OSError):  # the parent has gone: there is nobody to tell
+        connection.send(_READY)
+        while (job := connection.recv()) is not None:
+            try:
+                problem = problem or pickle.loads(payload)
+                outcome = run_job(problem, job, connection.send)
+            except (Exception, SystemExit) as error:
+                outcome = Failed(job, one_line(error), traceback.format_exc())
+            connection.send(outcome)
 
 
 def _die_with_parent() -> None:

@@ -80,11 +80,21 @@ class Results(Mapping[str, Any]):
         Content of ``results.json``.
     directory
         The study directory, which artifact paths are relative to.
+    unit_scores
+        ``unit_scores[metric][design][task]``, float64 ``(n_seeds, n_units)``, aligned across the
+        designs that could be compared: what `bakeoff.study.compare` takes, for comparisons with
+        another reference. Empty for results that were read from a file.
     """
 
-    def __init__(self, data: Mapping[str, Any], directory: Path) -> None:
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        directory: Path,
+        unit_scores: Mapping[str, Grid] | None = None,
+    ) -> None:
         self.data = dict(data)
         self.directory = Path(directory)
+        self.unit_scores = dict(unit_scores or {})
 
     def __getitem__(self, key: str) -> Any:
         return self.data[key]
@@ -204,7 +214,8 @@ def assemble(
     tasks = _tasks(plan.metrics, {pair: scores[pair] for pair in sorted(finished)})
     metrics = {name: metric for name, metric in plan.metrics.items() if tasks[name]}
     metrics = metrics or dict(plan.metrics)
-    comparisons, ranks = _compare(plan, metrics, tasks, scores, compared, seeds)
+    grids = {name: _grid(tasks[name], scores, compared, seeds) for name in metrics}
+    comparisons, ranks = _compare(plan, metrics, grids)
     headline = next(iter(metrics))
     designs = [
         _design(plan, design, comparisons, trials, seeds, directory) for design in plan.designs
@@ -265,7 +276,7 @@ def assemble(
         "environment": environment(),
         "command": plan.command,
     }
-    return Results(plain(data), directory)
+    return Results(plain(data), directory, grids)
 
 
 def comparable(
@@ -359,13 +370,24 @@ def _tasks(
     return {name: combined_tasks(metrics, measured, name) for name in metrics}
 
 
-def _compare(
-    plan: Plan,
-    metrics: Mapping[str, Metric],
-    tasks: Mapping[str, Mapping[str, tuple[str, str]]],
+def _grid(
+    tasks: Mapping[str, tuple[str, str]],
     scores: Mapping[tuple[str, int], Scores],
     designs: Sequence[str],
     seeds: Sequence[int],
+) -> Grid:
+    """Return ``grid[design][task]``, float64 ``(n_seeds, n_units)``."""
+    return {
+        design: {
+            label: np.stack([scores[design, seed][source][task] for seed in seeds])
+            for label, (source, task) in tasks.items()
+        }
+        for design in designs
+    }
+
+
+def _compare(
+    plan: Plan, metrics: Mapping[str, Metric], grids: Mapping[str, Grid]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Return ``comparisons[metric][design]`` and ``ranks[metric]`` as JSON."""
     from bakeoff.study.statistics import compare, critical_difference
@@ -373,13 +395,7 @@ def _compare(
     comparisons: dict[str, dict[str, Any]] = {}
     ranks: dict[str, Any] = {}
     for name, metric in metrics.items():
-        grid: Grid = {
-            design: {
-                label: np.stack([scores[design, seed][source][task] for seed in seeds])
-                for label, (source, task) in tasks[name].items()
-            }
-            for design in designs
-        }
+        grid = grids[name]
         if plan.reference in grid:
             compared = compare(
                 grid,
@@ -392,8 +408,8 @@ def _compare(
             for record in _records(comparisons[name][plan.reference]):
                 record["verdict"] = None  # it is what the others are measured against
         else:
-            comparisons[name] = {design: _means_only(grid[design]) for design in designs}
-        if len(designs) > 1:
+            comparisons[name] = {design: _means_only(tasks) for design, tasks in grid.items()}
+        if len(grid) > 1:
             ranking = critical_difference(
                 grid, alpha=plan.alpha, higher_is_better=metric.higher_is_better
             ).to_json()

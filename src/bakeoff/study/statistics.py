@@ -19,7 +19,8 @@ Everything is computed from ``d = design - reference``, unit by unit and seed by
    units' noise lets them, and the test flips the signs of the units' differences (a permutation
    test, exact for few units); the interval holds every value that this test does not reject.
    Otherwise test and interval are Student's t with the crossed variance and Satterthwaite's degrees
-   of freedom, which are few when seeds or tasks are few.
+   of freedom, which are few when seeds or tasks are few. On a single task, where units (many) and
+   seeds (few) are the only sources, each also brings its own quantile; the wider interval counts.
 
 A percentile bootstrap is not used because, with three seeds or five tasks to draw from, its
 intervals are far too short; ``benchmarks/calibration.py`` measures what this method does instead.
@@ -29,7 +30,9 @@ References
 .. [1] J. A. Hartigan, "Using subsample values as typical values", Journal of the American
    Statistical Association 64, 1969 (sign flips and the interval that belongs to them).
 .. [2] F. E. Satterthwaite, "An approximate distribution of estimates of variance components",
-   Biometrics Bulletin 2, 1946.
+   Biometrics Bulletin 2, 1946; for the quantiles in quadrature S. K. Banerjee, "Approximate
+   confidence interval for linear functions of means of k populations when the population variances
+   are not equal", Sankhya 22, 1960.
 .. [3] A. C. Cameron, J. B. Gelbach, D. L. Miller, "Robust inference with multiway clustering",
    Journal of Business & Economic Statistics 29, 2011.
 .. [4] D. G. Bonett, R. M. Price, "Adjusted Wald confidence interval for a difference of binomial
@@ -549,27 +552,48 @@ class _FlipTest:
 
 
 class _StudentTest:
-    """p-values and interval of Student's t around a centre."""
+    """p-values and interval of Student's t around a centre.
 
-    def __init__(self, centre: float, variance: float, degrees: float, smallest: float) -> None:
-        self._centre, self._error = centre, math.sqrt(variance)
-        self._degrees, self._smallest = degrees, smallest
+    `pieces` are (variance, degrees of freedom) that add up to the variance. Where one is known well
+    and the other badly, Satterthwaite's interval is a little short; letting each piece bring its
+    own quantile, added in quadrature, is a little short elsewhere. The wider one is taken.
+    """
+
+    def __init__(
+        self,
+        centre: float,
+        variance: float,
+        degrees: float,
+        smallest: float,
+        pieces: Sequence[tuple[float, float]] = (),
+    ) -> None:
+        self._centre, self._variance = centre, variance
+        self._degrees, self._smallest, self._pieces = degrees, smallest, pieces
 
     def p_value(self, value: float) -> float:
+        from scipy.optimize import brentq
         from scipy.special import stdtr
 
         distance = abs(self._centre - value)
         if distance == 0:
             return 1.0
-        if self._error == 0:  # units that all agree still number only so many
+        if self._variance == 0:  # units that all agree still number only so many
             return self._smallest
-        return float(2 * stdtr(self._degrees, -distance / self._error))
+        p_value = float(2 * stdtr(self._degrees, -distance / math.sqrt(self._variance)))
+        if p_value == 0 or self._half(p_value) <= distance * (1 + 1e-12):
+            return p_value
+        return float(brentq(lambda p: self._half(p) - distance, p_value, 1.0, xtol=1e-300))
 
     def interval(self, alpha: float) -> tuple[float, float]:
+        half = self._half(alpha)
+        return self._centre - half, self._centre + half
+
+    def _half(self, alpha: float) -> float:
         from scipy.special import stdtrit
 
-        half = float(stdtrit(self._degrees, 1 - alpha / 2)) * self._error
-        return self._centre - half, self._centre + half
+        half = -stdtrit(self._degrees, alpha / 2) * math.sqrt(self._variance)
+        squares = [v * stdtrit(degrees, alpha / 2) ** 2 for v, degrees in self._pieces]
+        return max(float(half), math.sqrt(sum(squares)))
 
 
 class _McNemarTest:
@@ -623,8 +647,11 @@ def _choose_test(
         return _McNemarTest(int((units > 0).sum()), int((units < 0).sum()), n_units)
     finest = 2.0 ** (1 - n_units)  # the smallest p-value that sign flips can give
     if parts.crossed[index] or finest > alpha:
+        pieces: list[tuple[float, float]] = []
+        if len(tasks) == 1 and parts.crossed[index]:
+            pieces = [(parts.unit[index], n_units - 1), (parts.seed[index], n_seeds - 1)]
         return _StudentTest(
-            difference, float(parts.variance[index]), float(parts.degrees[index]), finest
+            difference, float(parts.variance[index]), float(parts.degrees[index]), finest, pieces
         )
     scale = max(float(np.abs(task.units[index]).max()) for task in tasks)
     return _FlipTest(flips, index, difference, scale)
@@ -994,12 +1021,16 @@ def _wilcoxon(differences: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def _holm(p_values: FloatArray) -> FloatArray:
-    from statsmodels.stats.multitest import multipletests
+    """Return Holm's step-down adjustment.
 
-    if len(p_values) < 2:
-        return p_values
-    corrected: FloatArray = multipletests(p_values, method="holm")[1]
-    return corrected
+    As `statsmodels.stats.multitest.multipletests` has it, which is not called because it runs the
+    garbage collector every time: a tenth of a second a call in a process that has loaded torch.
+    """
+    n = len(p_values)
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(n)
+    adjusted[order] = np.maximum.accumulate(p_values[order] * np.arange(n, 0, -1))
+    return np.minimum(adjusted, 1.0)
 
 
 def _is_binary(arrays: FloatArray) -> NDArray[np.bool_]:
