@@ -32,7 +32,7 @@ import torch
 
 from bakeoff.models import load
 from bakeoff.models.feature_cache import FeatureCache
-from bakeoff.models.hidden_states import tokenize
+from bakeoff.models.states import tokenize
 
 
 def docstrings(wanted: int) -> list[str]:
@@ -100,7 +100,9 @@ def bare_forward(base, texts: list[str], max_length: int, batch_tokens: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--base", default="smollm2-135m", help="what bakeoff.models.load accepts")
+    parser.add_argument(
+        "--base", default="smollm2-135m", help="what bakeoff.models.loading accepts"
+    )
     parser.add_argument("--texts", type=int, default=64, help="standard-library docstrings")
     parser.add_argument("--max-length", type=int, default=128, help="in tokens")
     parser.add_argument("--batch-tokens", type=int, default=4096)

@@ -22,7 +22,7 @@ from tests.models import tiny
 from bakeoff.errors import CacheError
 from bakeoff.models import feature_cache
 from bakeoff.models.feature_cache import FeatureCache
-from bakeoff.models.hidden_states import hidden_states
+from bakeoff.models.states import hidden_states
 
 TEXTS = ["the cat sat", "dog", "a red dog ran under the tree", "the cat sat", "", "mat mat"]
 BASE = tiny.base()

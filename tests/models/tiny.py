@@ -102,7 +102,7 @@ def base(
     """Return a `BaseModel` around a tiny random model."""
     import hashlib
 
-    from bakeoff.models.load import BaseModel
+    from bakeoff.models.loading import BaseModel
 
     backbone = model(name, attention, seed=seed, **changes)
     identity = repr((name, attention, seed, sorted(changes.items())))

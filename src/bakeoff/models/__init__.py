@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bakeoff.models.bidirectional import bidirectional, make_bidirectional
-    from bakeoff.models.encode import encode
+    from bakeoff.models.attention import bidirectional, make_bidirectional
+    from bakeoff.models.encoding import encode
     from bakeoff.models.feature_cache import FeatureCache, Features
     from bakeoff.models.gguf import quiet_transformers
-    from bakeoff.models.hidden_states import hidden_states
-    from bakeoff.models.load import BaseModel, load
+    from bakeoff.models.loading import BaseModel, load
     from bakeoff.models.packaged import ModelInfo, available, pull
+    from bakeoff.models.states import hidden_states
 
 __all__ = [
     "BaseModel",
@@ -33,16 +31,16 @@ __all__ = [
 
 # Imported when first asked for, so that `bakeoff --help` does not wait for torch.
 _HOME = {
-    "BaseModel": "load",
+    "BaseModel": "loading",
     "FeatureCache": "feature_cache",
     "Features": "feature_cache",
     "ModelInfo": "packaged",
     "available": "packaged",
-    "bidirectional": "bidirectional",
-    "encode": "encode",
-    "hidden_states": "hidden_states",
-    "load": "load",
-    "make_bidirectional": "bidirectional",
+    "bidirectional": "attention",
+    "encode": "encoding",
+    "hidden_states": "states",
+    "load": "loading",
+    "make_bidirectional": "attention",
     "pull": "packaged",
     "quiet_transformers": "gguf",
 }
@@ -58,19 +56,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _Package(ModuleType):
-    """Keeps `bakeoff.models.load` the function although a file of that name holds it.
-
-    Importing a submodule binds it in its package under its own name, which would hide the function
-    from everyone who asks later.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in _HOME:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bakeoff._files import atomic_path, cache_directory
 from bakeoff.errors import CacheError
-from bakeoff.models.hidden_states import (
+from bakeoff.models.states import (
     Attention,
     HiddenBatch,
     TokenizedText,
@@ -39,7 +39,7 @@ from bakeoff.models.hidden_states import (
 )
 
 if TYPE_CHECKING:
-    from bakeoff.models.load import BaseModel
+    from bakeoff.models.loading import BaseModel
 
 Kind = Literal["layer_means", "layer_lasts"]
 
@@ -277,7 +277,7 @@ class FeatureCache:
         Parameters
         ----------
         base, texts, attention, max_length, prefixes, batch_tokens
-            As for `bakeoff.models.hidden_states.hidden_states`.
+            As for `bakeoff.models.states.hidden_states`.
         progress
             Called with the fraction done of what has to be computed, and a short message.
 

@@ -234,7 +234,7 @@ def test_the_fingerprint_follows_what_decides_the_states_and_nothing_else(tmp_pa
 def test_large_files_are_hashed_again_only_when_they_change(tmp_path, monkeypatch):
     import sys
 
-    module = sys.modules["bakeoff.models.load"]
+    module = sys.modules["bakeoff.models.loading"]
     weights = tmp_path / "large"
     weights.write_bytes(b"a" * 2**20)
     first = module._file_digest(weights)
@@ -296,7 +296,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(tmp_pat
 
 
 def test_the_command_that_converts_pickles_works(tmp_path):
-    from bakeoff.models.load import _conversion_command
+    from bakeoff.models.loading import _conversion_command
 
     folder = saved(tmp_path / "m")
     weights = tiny.model().state_dict()

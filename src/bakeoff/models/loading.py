@@ -317,7 +317,7 @@ def _inspect(model: PreTrainedModel) -> tuple[int, int, bool]:
     """Run a few tokens through the model: width, number of layers, and whether it is causal."""
     import torch
 
-    from bakeoff.models.bidirectional import sees_ahead
+    from bakeoff.models.attention import sees_ahead
 
     try:
         n_ids = model.get_input_embeddings().num_embeddings

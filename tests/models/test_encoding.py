@@ -13,7 +13,7 @@ from tests.models import tiny
 
 from bakeoff.errors import DataError, ModelError
 from bakeoff.models import encode
-from bakeoff.models.encode import token_budget_batches
+from bakeoff.models.encoding import token_budget_batches
 
 WINDOW = 24
 
@@ -162,7 +162,7 @@ def test_depends_neither_on_order_nor_on_the_other_texts(model):
 def test_many_windows_are_read_ahead_and_joined_in_order(model, monkeypatch):
     import sys
 
-    module = sys.modules["bakeoff.models.encode"]
+    module = sys.modules["bakeoff.models.encoding"]
     monkeypatch.setattr(module, "_FIRST_WINDOW", 5)
     monkeypatch.setattr(module, "_WINDOW", 7)
     texts = texts_of_all_lengths()

@@ -7,7 +7,7 @@ import torch
 from tests.models import tiny
 
 from bakeoff.errors import ModelError
-from bakeoff.models.bidirectional import bidirectional, make_bidirectional, sees_ahead
+from bakeoff.models.attention import bidirectional, make_bidirectional, sees_ahead
 
 # Gemma 2 caps attention logits, which torch's fused attention cannot do: transformers has no sdpa.
 CASES = [

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.models import tiny
 
 from bakeoff.errors import DataError, ModelError
-from bakeoff.models.bidirectional import bidirectional, make_bidirectional
-from bakeoff.models.hidden_states import _HOOKS_AGREE, hidden_states, tokenize
+from bakeoff.models.attention import bidirectional, make_bidirectional
+from bakeoff.models.states import _HOOKS_AGREE, hidden_states, tokenize
 
 TEXTS = [
     "the cat sat on a mat",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bakeoff.errors import DataError, ModelError
-from bakeoff.models.bidirectional import (
+from bakeoff.models.attention import (
     backbone,
     bidirectional,
     sees_ahead,
@@ -27,7 +27,7 @@ from bakeoff.models.bidirectional import (
 )
 
 if TYPE_CHECKING:
-    from bakeoff.models.load import BaseModel
+    from bakeoff.models.loading import BaseModel
 
 Attention = Literal["causal", "bidirectional"]
 
