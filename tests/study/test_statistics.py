@@ -1,6 +1,6 @@
 """Oracles, invariances, bad input and calibration of the paired statistics.
 
-About 20 s on one idle core, of which calibration takes most.
+About 16 s on one idle core, of which calibration takes most.
 """
 
 from __future__ import annotations
