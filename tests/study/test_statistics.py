@@ -150,10 +150,39 @@ def test_tasks_that_disagree_give_the_t_test_over_tasks_exactly():
         "a": {f"t{i}": np.zeros((1, 30)) for i in range(5)},
         "b": {f"t{i}": e + 0.1 * rng.normal(size=(1, 30)) for i, e in enumerate(effects)},
     }
-    record = compare(scores, "a")["b"].overall
+    record = compare(scores, "a", tasks="sampled")["b"].overall
     oracle = stats.ttest_1samp([scores["b"][f"t{i}"].mean() for i in range(5)], 0)
     assert record.p_value == pytest.approx(oracle.pvalue)
     assert record.interval == pytest.approx(tuple(oracle.confidence_interval(0.95)))
+
+
+@pytest.mark.parametrize("n_tasks", [2, 5])
+def test_fixed_tasks_that_disagree_give_the_stratified_interval(n_tasks):
+    """How far fixed tasks lie apart is no noise: the classic interval of a stratified mean."""
+    rng = np.random.default_rng(12)
+    sizes, effects = (40, 60, 80, 100, 120)[:n_tasks], (-1.0, 0.5, 2.0, 4.0, 1.0)[:n_tasks]
+    scores = {
+        "a": {f"t{i}": np.zeros((1, n)) for i, n in enumerate(sizes)},
+        "b": {
+            f"t{i}": e + rng.normal(size=(1, n))
+            for i, (n, e) in enumerate(zip(sizes, effects, strict=True))
+        },
+    }
+    record = compare(scores, "a")["b"].overall
+    tasks = [scores["b"][name][0] for name in scores["b"]]
+    error = math.sqrt(sum(task.var(ddof=1) / len(task) for task in tasks)) / n_tasks
+    mean = np.mean([task.mean() for task in tasks])
+    assert record.difference == pytest.approx(mean)
+    half = (record.interval[1] - record.interval[0]) / 2
+    assert half == pytest.approx(stats.norm.ppf(0.975) * error, rel=0.06)
+    expected = 2 * stats.norm.sf(abs(mean) / error)
+    assert record.p_value == pytest.approx(max(expected, 1e-4), rel=0.3)
+    # Moving whole tasks apart, their mean kept, changes nothing but the wins and losses.
+    shifts = np.linspace(-3, 3, n_tasks)
+    moved = {f"t{i}": scores["b"][f"t{i}"] + shift for i, shift in enumerate(shifts)}
+    again = compare({"a": scores["a"], "b": moved}, "a")["b"].overall
+    assert again.interval == pytest.approx(record.interval, abs=1e-9)
+    assert again.p_value == pytest.approx(record.p_value)
 
 
 def test_seeds_that_disagree_give_nearly_the_t_test_over_seeds():
@@ -199,7 +228,7 @@ def test_crossed_variance_is_two_way_clustering_by_hand():
         "a": {f"t{i}": np.zeros((3, 50)) for i in range(4)},
         "b": {f"t{i}": d[i][:, None] + noise[i] for i in range(4)},
     }
-    record = compare(scores, "a")["b"].overall
+    record = compare(scores, "a", tasks="sampled")["b"].overall
     v_task, v_seed = tasks.var(ddof=1) / 4, seeds.var(ddof=1) / 3
     degrees = (v_task + v_seed) ** 2 / (v_task**2 / 3 + v_seed**2 / 2)
     half = stats.t.ppf(0.975, degrees) * math.sqrt(v_task + v_seed)
@@ -639,12 +668,12 @@ HIGHEST_COVERAGE = stats.binom.isf(5e-4, STUDIES, 0.97) / STUDIES
 def simulate(rng_seed, **options):
     """Return rate of false verdicts, coverage and rate of unpaired significance."""
     rng = np.random.default_rng(rng_seed)
-    tail = options.pop("tail", None)
+    tail, tasks = options.pop("tail", None), options.pop("tasks", "fixed")
     noise = (lambda size: rng.standard_t(tail, size)) if tail else None
     false, covered, unit_level = 0, 0, 0
     for _ in range(STUDIES):
         scores = crossed(rng, noise=noise, **options)
-        result = compare(scores, "reference", rng=rng)
+        result = compare(scores, "reference", rng=rng, tasks=tasks)
         records = [result[name].overall for name in list(scores)[1:]]
         false += any(record.verdict != "undecided" for record in records)
         covered += records[0].interval[0] <= 0 <= records[0].interval[1]
@@ -661,7 +690,8 @@ def simulate(rng_seed, **options):
         pytest.param({"units": (30,), "n_seeds": 1, "tail": 2}, id="heavy tails"),
         pytest.param({"units": (60,), "n_seeds": 1, "binary": True}, id="0/1"),
         pytest.param({}, id="5 tasks x 3 seeds"),
-        pytest.param({"task": 0.4}, id="tasks differ"),
+        pytest.param({"tasks": "sampled"}, id="5 tasks x 3 seeds, sampled"),
+        pytest.param({"task": 0.4, "tasks": "sampled"}, id="tasks differ, sampled"),
     ],
 )
 def test_calibrated_in_null_studies(options):
@@ -701,3 +731,9 @@ def test_as_powerful_as_scipys_permutation_test_under_one_seed():
         )
     assert abs(ours - theirs) <= 8  # the same test, up to two Monte Carlo errors near 0.05
     assert ours > 100
+
+
+def test_tasks_are_fixed_or_sampled():
+    scores = {"a": {"t": np.zeros((1, 9))}, "b": {"t": np.ones((1, 9))}}
+    with pytest.raises(ValueError, match="tasks must be 'fixed' or 'sampled', got 'random'"):
+        compare(scores, "a", tasks="random")

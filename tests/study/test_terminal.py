@@ -117,8 +117,7 @@ def test_a_log_gets_few_plain_lines() -> None:
         progress(StudyFinished(3, 1, False, 75.0))
     assert stream.getvalue().splitlines() == [
         "demo: 2 designs x 2 seeds, 4 trials to run",
-        "shared work: 0 % hidden states",
-        "shared work: 100 % hidden states",
+        *(f"shared work: {percent} % hidden states" for percent in (0, 20, 40, 60, 80, 100)),
         "design 0: accuracy 0.6250, 2.5 s per trial (2 of 4 trials done)",
         "failed: design 1, seed 0: ValueError: [bold] is � no markup",
         "design 1: accuracy 0.7500, 3.0 s per trial (4 of 4 trials done)",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TaskKind = Literal["pairs", "labelled", "scored"]
 DataSize = Literal["smoke", "demo", "full"]
 Train = Literal["head", "lora", "full"]
+DEMO_BUDGET: dict[str, Any] = {"steps": 60, "batch_size": 16, "max_length": 48}
 EXIT_SOME_FAILED = 4
 
 
@@ -37,9 +38,9 @@ def run(
     seeds: int,
     train: Train,
     steps: int | None,
-    batch_size: int,
+    batch_size: int | None,
     learning_rate: float | None,
-    max_length: int,
+    max_length: int | None,
     out: Path | None,
     workers: int,
     engine: str,
@@ -59,14 +60,20 @@ def run(
     contents = _read(data, columns, task, size, max_texts)
     for note in contents.notes if data else ():  # the default data's are in the report
         console.print(f"  {note}", style="dim", highlight=False)
-    budget: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate}
+    given = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "learning_rate": learning_rate,
+    }
     problem = EmbeddingProblem(
         contents,
         base,
         train=train,
-        batch_size=batch_size,
-        max_length=max_length,
-        **{name: value for name, value in budget.items() if value is not None},
+        **{
+            **({} if data else DEMO_BUDGET),
+            **{name: value for name, value in given.items() if value is not None},
+        },
     )
     console.print(f"loading base model {base}", style="dim", highlight=False)
     known = default_designs(problem.attentions)

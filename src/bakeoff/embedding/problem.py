@@ -146,11 +146,11 @@ class EmbeddingProblem:
         base: str = "smollm2-135m",
         *,
         train: Train = "head",
-        steps: int = 80,
-        batch_size: int = 64,
+        steps: int = 300,
+        batch_size: int = 32,
         learning_rate: float = 1e-3,
         base_learning_rate: float = 1e-4,
-        max_length: int = 64,
+        max_length: int = 128,
         cache: FeatureCache | None = None,
     ) -> None:
         if train not in ("head", "lora", "full"):

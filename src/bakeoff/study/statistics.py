@@ -3,24 +3,27 @@
 The estimand
 ------------
 One number per design: *how much higher (or lower) the design would score than the reference, on
-average over tasks like these, units like these (queries, examples, pairs) and training seeds like
-these*. Tasks count equally, whatever their number of units. With one task or one seed the words
-"tasks like these" or "seeds like these" shrink to "this task" or "this seed": nothing in the data
-tells how much another one would differ.
+average over these tasks, units like these (queries, examples, pairs) and training seeds like
+these*. Tasks count equally, whatever their number of units. With ``tasks="sampled"`` it is *tasks
+like these*: a claim about tasks that were not run, for which five tasks are five observations. With
+one seed the words "seeds like these" shrink to "this seed": nothing in the data tells how much
+another one would differ.
 
 The method, in short
 --------------------
 Everything is computed from ``d = design - reference``, unit by unit and seed by seed.
 
 1. The *unit variance* is what the difference would vary by if only the units were drawn anew.
-2. The *crossed variance* also lets tasks and seeds be drawn anew: spread between tasks plus spread
-   between seeds minus what both of them count (two-way clustering).
-3. If the crossed variance is not above the unit variance, tasks and seeds agree as well as the
+2. The *crossed variance* also lets seeds be drawn anew, and tasks if they are sampled: the spread
+   between tasks (or the unit variance if they are fixed) plus the spread between seeds minus what
+   both of them count (two-way clustering).
+3. If the crossed variance is not above the unit variance, seeds (and tasks) agree as well as the
    units' noise lets them, and the test flips the signs of the units' differences (a permutation
-   test, exact for few units); the interval holds every value that this test does not reject.
+   test, exact for few units of one task; between fixed tasks their own differences are taken out
+   first, since they are no noise); the interval holds every value that this test does not reject.
    Otherwise test and interval are Student's t with the crossed variance and Satterthwaite's degrees
-   of freedom, which are few when seeds or tasks are few. On a single task, where units (many) and
-   seeds (few) are the only sources, each also brings its own quantile; the wider interval counts.
+   of freedom, which are few when seeds or tasks are few. Where units (many) and seeds (few) are the
+   only sources, each also brings its own quantile; the wider interval counts.
 
 A percentile bootstrap is not used because, with three seeds or five tasks to draw from, its
 intervals are far too short; ``benchmarks/calibration.py`` measures what this method does instead.
@@ -48,7 +51,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -199,11 +202,12 @@ def compare(
     alpha: float = 0.05,
     rng: int | np.random.Generator | None = None,
     higher_is_better: bool = True,
+    tasks: Literal["fixed", "sampled"] = "fixed",
 ) -> dict[str, Comparison]:
     """Compare every design with a reference on the same units and seeds.
 
-    The quantity estimated is the mean difference design minus reference over tasks, units and
-    training seeds like those observed, tasks counting equally (see the module's text for method
+    The quantity estimated is the mean difference design minus reference over these tasks, counting
+    equally, and over units and training seeds like those observed (see the module's text for method
     and limits).
 
     Verdicts. *Better* or *worse*: the Holm-corrected p-value is below `alpha` and the interval
@@ -232,6 +236,10 @@ def compare(
         the same result.
     higher_is_better
         Direction of the metric.
+    tasks
+        ``"fixed"``: the verdict is about these tasks, as for data of one's own. ``"sampled"``: it
+        is about tasks like these, so that a design must win on most of them; with fewer than about
+        five tasks that disagree, nothing can be decided.
 
     Returns
     -------
@@ -263,32 +271,42 @@ def compare(
     arrays = _checked_scores(scores)
     if reference not in arrays:
         raise ValueError(f"reference {reference!r} is not among the designs: {list(arrays)}")
+    if tasks not in ("fixed", "sampled"):
+        raise ValueError(f"tasks must be 'fixed' or 'sampled', got {tasks!r}")
     generator = np.random.default_rng(0 if rng is None else rng)
 
     names = [name for name in arrays if name != reference]
-    tasks = [
+    built = [
         _Task.build(
             task, [arrays[name][task] for name in names], arrays[reference][task], higher_is_better
         )
         for task in arrays[reference]
     ]
-    n_units = [task.n_units for task in tasks]
+    n_units = [task.n_units for task in built]
     n_flips = _number_of_flips(sum(n_units), len(names), alpha)
-    flips = [_Flips.draw([task], n_flips, generator) for task in tasks]
-    everything = _Flips.exact(tasks) if sum(n_units) <= _EXACT_UNITS else _Flips.average(flips)
+    flips = [_Flips.draw([task], n_flips, generator) for task in built]
+    stretched = tasks == "fixed" and len(built) > 1 and min(n_units) > 1
+    pooled = _with_common_mean(built) if stretched else built
+    everything = (
+        _Flips.exact(pooled)
+        if sum(n_units) <= _EXACT_UNITS
+        else _Flips.average(
+            [part.moved(*pair) for part, *pair in zip(flips, built, pooled, strict=True)]
+        )
+    )
 
-    context = _Context(margin, alpha, higher_is_better, len(names))
-    overall = _records(tasks, everything, context)
+    context = _Context(margin, alpha, higher_is_better, len(names), tasks == "sampled")
+    overall = _records(built, everything, context)
     by_task = {
         task.name: _records([task], _Flips.exact([task]) if task.is_small else flipped, context)
-        for task, flipped in zip(tasks, flips, strict=True)
+        for task, flipped in zip(built, flips, strict=True)
     }
 
     result = {}
     for name in arrays:
         if name == reference:
             result[name] = Comparison(
-                _reference_record(tasks), {task.name: _reference_record([task]) for task in tasks}
+                _reference_record(built), {task.name: _reference_record([task]) for task in built}
             )
         else:
             index = names.index(name)
@@ -395,6 +413,12 @@ class _Flips:
         signs = 2.0 * patterns - 1.0
         return _Flips(signs @ (units * weights).T, signs @ weights, n, complete=True)
 
+    def moved(self, task: _Task, other: _Task) -> _Flips:
+        """Return the sums for `other`, whose units are those of `task` stretched and shifted."""
+        stretch = _stretch(task) if other is not task else 1.0
+        shift = other.units.mean(axis=1) - stretch * task.units.mean(axis=1)
+        return replace(self, sums=stretch * self.sums + self.totals[:, None] * shift)
+
     @staticmethod
     def average(parts: Sequence[_Flips]) -> _Flips:
         return _Flips(
@@ -405,12 +429,34 @@ class _Flips:
         )
 
 
+def _with_common_mean(tasks: Sequence[_Task]) -> list[_Task]:
+    """Return the tasks with their units moved so that every task has the overall difference.
+
+    Between fixed tasks a difference of differences is no noise, and flipping its sign would count
+    it as such. What is left of a task's n units varies by (n - 1) / n of their variance; the
+    stretch makes up for that.
+    """
+    overall = np.mean([task.units.mean(axis=1) for task in tasks], axis=0)[:, None]
+    return [
+        replace(
+            task,
+            units=overall + _stretch(task) * (task.units - task.units.mean(axis=1, keepdims=True)),
+        )
+        for task in tasks
+    ]
+
+
+def _stretch(task: _Task) -> float:
+    return math.sqrt(task.n_units / (task.n_units - 1))
+
+
 @dataclass(frozen=True)
 class _Context:
     margin: float | None
     alpha: float
     higher_is_better: bool
     n_designs: int
+    tasks_sampled: bool
 
 
 @dataclass(frozen=True)
@@ -424,10 +470,12 @@ class _Components:
     variance: FloatArray  # the crossed variance, or the unit variance where that is not exceeded
     degrees: FloatArray  # Satterthwaite's, of `variance`
     crossed: NDArray[np.bool_]  # tasks or seeds spread beyond the units' noise
+    unit_degrees: FloatArray
+    tasks_count: bool  # tasks are a source of variance here
 
 
-def _components(tasks: Sequence[_Task]) -> _Components:
-    """Split the variance of the mean difference over units, tasks and seeds.
+def _components(tasks: Sequence[_Task], *, sampled: bool) -> _Components:
+    """Split the variance of the mean difference over units, seeds and, if sampled, tasks.
 
     With T tasks and S seeds, ``between tasks`` estimates task + task x seed + unit variance,
     ``between seeds`` estimates seed + task x seed + residual variance. Their sum counts task x seed
@@ -451,14 +499,15 @@ def _components(tasks: Sequence[_Task]) -> _Components:
     )
     # One task's unit variance cannot be had from one unit; the spread between tasks holds it.
     unit_known = all(task.n_units > 1 for task in tasks)
+    sampled = n_tasks > 1 and (sampled or not unit_known)
     floor = unit if unit_known else np.zeros_like(unit)
 
     cells = np.stack([task.seeds for task in tasks], axis=1)  # (K, T, S)
     zero = np.zeros_like(unit)
-    between_tasks = cells.mean(axis=2).var(axis=1, ddof=1) / n_tasks if n_tasks > 1 else zero
+    between_tasks = cells.mean(axis=2).var(axis=1, ddof=1) / n_tasks if sampled else zero
     between_seeds = cells.mean(axis=1).var(axis=1, ddof=1) / n_seeds if n_seeds > 1 else zero
     interaction, seen = zero, np.zeros(len(unit), dtype=bool)
-    if n_tasks > 1 and n_seeds > 1:
+    if sampled and n_seeds > 1:
         interaction = _interaction(cells)
         degrees = (n_tasks - 1) * (n_seeds - 1)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -472,10 +521,10 @@ def _components(tasks: Sequence[_Task]) -> _Components:
     # alone, which is an honest estimate by itself.
     truncate = seen if unit_known else np.ones_like(seen)
     seed_part = np.where(truncate, np.maximum(seed_part, 0.0), seed_part)
-    first = between_tasks if n_tasks > 1 else unit
+    first = between_tasks if sampled else unit
     variance = first + seed_part
     crossed = variance > floor * (1 + 1e-9)
-    parts = [(first, n_tasks - 1 if n_tasks > 1 else unit_degrees)]
+    parts = [(first, n_tasks - 1 if sampled else unit_degrees)]
     if n_seeds > 1:
         used = ~truncate | (seed_part > 0)
         parts.append((np.where(used, between_seeds, 0.0), n_seeds - 1))
@@ -490,6 +539,8 @@ def _components(tasks: Sequence[_Task]) -> _Components:
         variance=np.where(crossed, variance, unit),
         degrees=np.where(crossed, degrees_crossed, unit_degrees),
         crossed=crossed,
+        unit_degrees=unit_degrees,
+        tasks_count=sampled,
     )
 
 
@@ -582,7 +633,10 @@ class _StudentTest:
         p_value = float(2 * stdtr(self._degrees, -distance / math.sqrt(self._variance)))
         if p_value == 0 or self._half(p_value) <= distance * (1 + 1e-12):
             return p_value
-        return float(brentq(lambda p: self._half(p) - distance, p_value, 1.0, xtol=1e-300))
+        # On the logarithm, because p-values may differ by hundreds of orders of magnitude.
+        return math.exp(
+            brentq(lambda log_p: self._half(math.exp(log_p)) - distance, math.log(p_value), 0.0)
+        )
 
     def interval(self, alpha: float) -> tuple[float, float]:
         half = self._half(alpha)
@@ -636,7 +690,7 @@ _Test = _FlipTest | _StudentTest | _McNemarTest | _NoTest
 
 
 def _choose_test(
-    tasks: Sequence[_Task], flips: _Flips, parts: _Components, index: int, alpha: float
+    tasks: Sequence[_Task], flips: _Flips, parts: _Components, index: int, context: _Context
 ) -> _Test:
     difference = float(np.mean([task.units[index].mean() for task in tasks]))
     n_units, n_seeds = flips.n_units, tasks[0].n_seeds
@@ -646,10 +700,13 @@ def _choose_test(
         units = tasks[0].units[index]
         return _McNemarTest(int((units > 0).sum()), int((units < 0).sum()), n_units)
     finest = 2.0 ** (1 - n_units)  # the smallest p-value that sign flips can give
-    if parts.crossed[index] or finest > alpha:
+    if parts.crossed[index] or finest > context.alpha:
         pieces: list[tuple[float, float]] = []
-        if len(tasks) == 1 and parts.crossed[index]:
-            pieces = [(parts.unit[index], n_units - 1), (parts.seed[index], n_seeds - 1)]
+        if parts.crossed[index] and not parts.tasks_count:
+            pieces = [
+                (parts.unit[index], parts.unit_degrees[index]),
+                (parts.seed[index], n_seeds - 1),
+            ]
         return _StudentTest(
             difference, float(parts.variance[index]), float(parts.degrees[index]), finest, pieces
         )
@@ -661,10 +718,9 @@ def _records(tasks: Sequence[_Task], flips: _Flips, context: _Context) -> list[R
     """Return one record per design over the given tasks, Holm-corrected among them."""
     if context.n_designs == 0:
         return []
-    parts = _components(tasks)
+    parts = _components(tasks, sampled=context.tasks_sampled)
     tests = [
-        _choose_test(tasks, flips, parts, index, context.alpha)
-        for index in range(context.n_designs)
+        _choose_test(tasks, flips, parts, index, context) for index in range(context.n_designs)
     ]
     differences = np.mean([task.units.mean(axis=1) for task in tasks], axis=0)
     p_values = np.array([test.p_value(0.0) for test in tests])

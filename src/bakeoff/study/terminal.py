@@ -354,8 +354,8 @@ class LiveProgress:
         if isinstance(event, StudyStarted):
             yield _opening(event)
         elif isinstance(event, SharedWork):
-            # Shared work reports often; a log wants its beginning and its end.
-            if previous is None or (event.fraction >= 1 and previous.fraction < 1):
+            # Shared work reports often, and may take minutes; a log wants a line every fifth.
+            if previous is None or int(5 * event.fraction) > int(5 * previous.fraction):
                 yield f"shared work: {100 * event.fraction:.0f} % {_safe(event.message)}".rstrip()
         elif isinstance(event, TrialFinished | TrialFailed):
             state = self._state.designs[event.design]
