@@ -102,7 +102,7 @@ def test_centring_subtracts_the_training_mean(tiny, tmp_path):
     states = cached.features.layer_means(cached.positions(texts))[:, -1]
     np.testing.assert_allclose(offset, states.mean(dim=0), atol=1e-5)
     head = tiny._head(design, {})
-    vectors = fit_head(head, cached, tiny.data.train, budget=None, seed=0, center=True).embed(texts)
+    vectors = fit_head(head, cached, tiny.groups, budget=None, seed=0, center=True).embed(texts)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 
 
@@ -179,11 +179,38 @@ def test_wrong_settings_are_refused():
         EmbeddingProblem(replace(data(), tasks=()))
 
 
-def test_trained_designs_need_training_pairs(tmp_path):
-    made = problem(tmp_path, data=replace(data(), train=()))
+def test_designs_that_learn_need_texts_to_learn_from(tmp_path):
+    plain = data()
+    unlabelled = replace(plain, train=(), tasks=plain.tasks[:3])
+    made = problem(tmp_path, data=unlabelled)
     made.check(Design("m", "mean"))
-    with pytest.raises(DataError, match="no training pairs"):
-        made.check(Design("l", "latent-attention"))
+    for design in (
+        Design("l", "latent-attention"),
+        Design("b", "best-layer"),
+        Design("c", "mean", {"center": True}),
+    ):
+        with pytest.raises(DataError, match="learns from training texts, but data 'words' has"):
+            made.check(design)
+    made.check(Design("b", "best-layer", {"layer": 2}))
+
+
+def test_labelled_texts_alone_train_heads_on_triplets_without_in_batch_negatives(tmp_path):
+    labelled = replace(data(), train=())
+    made = problem(tmp_path, data=labelled, steps=30)
+    (group,) = made.groups
+    assert not group.in_batch
+    task = labelled.tasks[3]
+    label = dict(zip(task.train_texts, task.train_labels, strict=True))
+    for query, positive, negative in (group.pairs.texts(row) for row in range(len(group.pairs))):
+        assert label[query] == label[positive] != label[negative]
+    design = Design("d", "concat-linear", {"attention": "causal"})
+    scores = []
+    for name, settings in (("before", {"steps": 1, "learning_rate": 1e-9}), ("after", {})):
+        (tmp_path / name).mkdir()
+        fitted = problem(tmp_path, data=labelled, **{"steps": 40, **settings})
+        trial = fitted.run(design, 0, Work(tmp_path / name))
+        scores.append(float(trial.scores["accuracy"]["has cat"].mean()))
+    assert scores[1] >= scores[0]
 
 
 def test_compare_designs_is_wilcoxon_with_holm():

@@ -15,6 +15,7 @@ from bakeoff.errors import DataError
 
 if TYPE_CHECKING:
     from bakeoff.data.tasks import EmbeddingData
+    from bakeoff.embedding.problem import EmbeddingProblem
     from bakeoff.study import Designs, Results
 
 TaskKind = Literal["pairs", "labelled", "scored"]
@@ -77,7 +78,8 @@ def run(
     )
     console.print(f"loading base model {base}", style="dim", highlight=False)
     known = default_designs(problem.attentions)
-    chosen = known if designs is None else chosen
+    if designs is None:
+        chosen = _runnable(known, problem, console)
     reference = reference or _default_reference(chosen)
     chosen = _with_reference(chosen, known, reference)
     for design in chosen:
@@ -181,6 +183,23 @@ def _read(
     return embedded_default(size)
 
 
+def _runnable(known: Designs, problem: EmbeddingProblem, console: Any) -> Designs:
+    """Return the designs that this problem can run, and say which are left out and why."""
+    from bakeoff.study import Designs
+
+    kept, reasons = [], {}
+    for design in known:
+        try:
+            problem.check(design)
+            kept.append(design)
+        except DataError as error:
+            reasons[design.name] = str(error)
+    if reasons:
+        console.print(f"left out: {'; '.join(reasons)}", highlight=False)
+        console.print(f"  because {next(iter(reasons.values()))}", highlight=False)
+    return Designs(kept)
+
+
 def _default_reference(chosen: Designs) -> str:
     names = [design.name for design in chosen]
     simplest = ("mean, causal", "mean, bidirectional", names[0])
@@ -202,7 +221,9 @@ def _with_reference(chosen: Designs, known: Designs, reference: str) -> Designs:
     return Designs([*added, *chosen])
 
 
-def _save_winner(problem: Any, chosen: Designs, results: Results, console: Any) -> Path | None:
+def _save_winner(
+    problem: EmbeddingProblem, chosen: Designs, results: Results, console: Any
+) -> Path | None:
     artifact = results.winner_artifact
     if results.winner is None or artifact is None:
         return None

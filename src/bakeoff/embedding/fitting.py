@@ -30,6 +30,7 @@ from bakeoff.embedding.training import (
     train_contrastive,
 )
 from bakeoff.embedding.two_stage import add_lora, embed_with_gradients, merge_lora
+from bakeoff.errors import ModelError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -55,15 +56,15 @@ class Fitted:
         How many numbers were trained.
     offset
         ``(d,)``, subtracted before normalising, or None.
-    model
-        The whole model if the base was trained too, else None.
+    base
+        What was trained in the base model, by parameter name: adapters, all weights, or nothing.
     """
 
     head: PoolingModule
     embed: Callable[[Sequence[str]], Vectors]
     trained_parameters: int = 0
     offset: Tensor | None = None
-    model: SentenceTransformer | None = None
+    base: Mapping[str, Tensor] | None = None
 
     def save(self, directory: Path, facts: Mapping[str, Any]) -> None:
         """Write ``head.safetensors``, ``base.safetensors`` if trained, and ``fitted.json``."""
@@ -71,8 +72,8 @@ class Fitted:
         if self.offset is not None:
             tensors["offset"] = self.offset
         _write_tensors(directory / "head.safetensors", tensors)
-        if self.model is not None:
-            _write_tensors(directory / "base.safetensors", self.model[0].model.state_dict())
+        if self.base is not None:
+            _write_tensors(directory / "base.safetensors", self.base)
         (directory / "fitted.json").write_text(json.dumps(dict(facts)), encoding="utf-8")
 
 
@@ -93,6 +94,26 @@ class Artifact:
         offset = head.pop("offset", None)
         base = directory / "base.safetensors"
         return cls(facts, head, offset, load_file(str(base)) if base.exists() else None)
+
+    def restore_base(self, model: SentenceTransformer, *, lora: bool) -> None:
+        """Put the trained part of the base model, if there is one, into `model`."""
+        if self.base is None:
+            return
+        if lora:
+            add_lora(model)
+        unknown = model[0].model.load_state_dict(self.base, strict=False).unexpected_keys
+        if unknown:
+            raise ModelError(f"the base model has no weights named {unknown[:3]}")
+        if lora:
+            merge_lora(model)
+
+
+@dataclass(frozen=True)
+class TrainingGroup:
+    """Pairs of one source, and whether the others of a batch serve as negatives."""
+
+    pairs: TextPairs
+    in_batch: bool = True
 
 
 class CachedTexts:
@@ -127,12 +148,16 @@ class CachedTexts:
 class _Sides:
     """The queries, positives and hard negatives of all groups, addressed by pair."""
 
-    def __init__(self, groups: Sequence[TextPairs]) -> None:
-        self._queries = [text for group in groups for text in group.queries]
-        self._positives = [text for group in groups for text in group.positives]
+    def __init__(self, groups: Sequence[TrainingGroup]) -> None:
+        pairs = [group.pairs for group in groups]
+        self._queries = [text for group in pairs for text in group.queries]
+        self._positives = [text for group in pairs for text in group.positives]
         self._negatives = [
-            entry for group in groups for entry in negatives_of(group) or [()] * len(group)
+            entry for group in pairs for entry in negatives_of(group) or [()] * len(group)
         ]
+
+    def __len__(self) -> int:
+        return len(self._queries)
 
     def of(self, side: str, pairs: Indices) -> list[str]:
         """Return one side's texts, pair by pair; of n negatives each, all n in a row."""
@@ -156,7 +181,7 @@ def _encoder(sides: _Sides, embed: Callable[[Sequence[str]], Tensor]) -> Encode:
 
 
 def choose_layer(
-    cached: CachedTexts, groups: Sequence[TextPairs], *, center: bool, at_most: int = 2000
+    cached: CachedTexts, groups: Sequence[TrainingGroup], *, center: bool, at_most: int = 2000
 ) -> int:
     """Return the layer whose mean vectors best match training queries with their positives.
 
@@ -172,8 +197,7 @@ def choose_layer(
         Pairs looked at, chosen at random with a fixed seed: memory is 70 kB a text and layer set.
     """
     sides = _Sides(groups)
-    total = sum(len(group) for group in groups)
-    pairs = np.sort(np.random.default_rng(0).permutation(total)[:at_most])
+    pairs = np.sort(np.random.default_rng(0).permutation(len(sides))[:at_most])
     queries, positives = (
         cached.features.layer_means(cached.positions(sides.of(side, pairs)))
         for side in ("query", "positive")
@@ -187,7 +211,7 @@ def choose_layer(
 def fit_head(
     head: PoolingModule,
     cached: CachedTexts,
-    groups: Sequence[TextPairs],
+    groups: Sequence[TrainingGroup],
     *,
     budget: Budget | None,
     seed: int,
@@ -222,7 +246,8 @@ def fit_head(
     head.eval().requires_grad_(False)
     offset = None
     if center:
-        texts = dict.fromkeys(t for group in groups for t in (*group.queries, *group.positives))
+        sides, every = _Sides(groups), np.arange(sum(len(group.pairs) for group in groups))
+        texts = dict.fromkeys([*sides.of("query", every), *sides.of("positive", every)])
         head.normalize = False
         offset = cached.pool(head, cached.positions(list(texts))).mean(dim=0)
 
@@ -238,7 +263,7 @@ def fit_head(
 def fit_whole(
     model: SentenceTransformer,
     head: PoolingModule,
-    groups: Sequence[TextPairs],
+    groups: Sequence[TrainingGroup],
     *,
     budget: Budget,
     seed: int,
@@ -269,6 +294,11 @@ def fit_whole(
     model.train()
     _train(encode, head, base_parameters, groups, budget, seed, progress)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    learned = {
+        name: parameter.detach().clone()
+        for name, parameter in model[0].model.named_parameters()
+        if parameter.requires_grad
+    }
     if lora:
         merge_lora(model)
     model.eval().requires_grad_(False)
@@ -280,14 +310,14 @@ def fit_whole(
             known.update(zip(missing, encode_texts(model, missing), strict=True))
         return np.stack([known[text] for text in texts])
 
-    return Fitted(head, embed, trained, model=model)
+    return Fitted(head, embed, trained, base=learned)
 
 
 def _train(
     encode: Encode,
     head: PoolingModule,
     base_parameters: Sequence[torch.nn.Parameter],
-    groups: Sequence[TextPairs],
+    groups: Sequence[TrainingGroup],
     budget: Budget,
     seed: int,
     progress: Progress | None,
@@ -300,13 +330,22 @@ def _train(
         )
         if parameters
     ]
+    batches = homogeneous_batches(
+        [group.pairs for group in groups],
+        budget.batch_size,
+        seed,
+        distinct=lambda number: groups[number].in_batch,
+    )
+    ends = np.cumsum([len(group.pairs) for group in groups])
     train_contrastive(
         encode,
-        homogeneous_batches(groups, budget.batch_size, seed),
+        batches,
         parameter_groups,
         steps=budget.steps,
         learning_rate=budget.learning_rate,
         warmup_steps=budget.steps // 10,
+        # A batch comes from one group, so its first pair tells which.
+        in_batch=lambda pairs: groups[int(np.searchsorted(ends, pairs[0], "right"))].in_batch,
         progress=progress,
     )
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bakeoff.data.tasks import EmbeddingData, task_texts
+from bakeoff.data.tasks import ClassificationTask, EmbeddingData, TextPairs, task_texts
 from bakeoff.embedding.heads import head_kind
 from bakeoff.embedding.training import Budget
 from bakeoff.errors import DataError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
 
-    from bakeoff.embedding.fitting import CachedTexts, Fitted
+    from bakeoff.embedding.fitting import CachedTexts, Fitted, TrainingGroup
     from bakeoff.embedding.pooling import PoolingModule
     from bakeoff.models import BaseModel, FeatureCache
 
@@ -174,6 +174,7 @@ class EmbeddingProblem:
         self._states: dict[str, CachedTexts] = {}
         self._base_flops: float | None = None
         self._n_cut: int | None = None
+        self._groups: tuple[TrainingGroup, ...] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Loaded models and open maps stay behind when a worker process gets a copy.
@@ -192,6 +193,23 @@ class EmbeddingProblem:
     def attentions(self) -> tuple[Attention, ...]:
         """The attention kinds that the base model can run: both for decoders."""
         return ("causal", "bidirectional") if self.base.is_decoder else ("bidirectional",)
+
+    @property
+    def groups(self) -> tuple[TrainingGroup, ...]:
+        """What is trained on: the data's pairs, else triplets of its labelled training texts.
+
+        Triplets are NV-Embed's: a text, another of its class, one of another class; the rest of
+        the batch may be of the same class and does not serve as negatives.
+        """
+        if self._groups is None:
+            from bakeoff.embedding.fitting import TrainingGroup
+
+            self._groups = tuple(TrainingGroup(pairs) for pairs in self.data.train)
+            if not self._groups:
+                self._groups = tuple(
+                    TrainingGroup(pairs, in_batch=False) for pairs in _class_triplets(self.data)
+                )
+        return self._groups
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
@@ -221,7 +239,7 @@ class EmbeddingProblem:
         trained = {"head": "pooling head, base frozen", "lora": "head and LoRA adapters"}
         return {
             "data": self.data.name,
-            "training pairs": {group.group: len(group) for group in self.data.train},
+            "training pairs": {g.pairs.group: len(g.pairs) for g in self.groups},
             "tasks": {t.name: f"{len(set(task_texts(t)))} texts" for t in self.data.tasks},
             "base model": f"{self.base.name} ({self.base.num_layers} layers, "
             f"width {self.base.hidden_size})",
@@ -256,10 +274,13 @@ class EmbeddingProblem:
                 f"design {design.name!r} asks for {attention} attention, but base model "
                 f"{self.base.name!r} is an encoder: give attention='bidirectional'"
             )
-        if (kind.trained or self.train != "head") and not self.data.train:
+        learns = kind.trained or self.train != "head" or design.params.get("center")
+        learns = learns or (design.method == "best-layer" and "layer" not in design.params)
+        if learns and not self.groups:
             raise DataError(
-                f"design {design.name!r} is trained, but data {self.data.name!r} has no training "
-                "pairs: give pairs (text, positive), or choose training-free designs"
+                f"design {design.name!r} learns from training texts, but data {self.data.name!r} "
+                "has none: give pairs (text, positive) or labelled texts, or choose designs that "
+                "need none (last token, mean, weighted mean)"
             )
 
     # ---- shared work -------------------------------------------------------------------------
@@ -318,7 +339,7 @@ class EmbeddingProblem:
             scores=scores,
             cost={
                 "trained_parameters": float(fitted.trained_parameters),
-                "labels_used": float(sum(map(len, self.data.train)) if learned else 0),
+                "labels_used": float(sum(len(g.pairs) for g in self.groups) if learned else 0),
                 "forward_flops_per_text": self._forward_flops(design, head),
             },
             artifact=work.directory,
@@ -340,10 +361,8 @@ class EmbeddingProblem:
             return {}
         from bakeoff.embedding.fitting import choose_layer
 
-        if not self.data.train:
-            raise DataError("best-layer chooses its layer on training pairs, and there are none")
         center = bool(design.params.get("center", False))
-        layer = choose_layer(self._cached(self._attention(design)), self.data.train, center=center)
+        layer = choose_layer(self._cached(self._attention(design)), self.groups, center=center)
         notes.append(f"layer {layer} of {self.base.num_layers} was best on the training pairs")
         return {"layer": layer}
 
@@ -363,7 +382,7 @@ class EmbeddingProblem:
             return fit_head(
                 head,
                 self._cached(self._attention(design)),
-                self.data.train,
+                self.groups,
                 budget=self.budget if head_kind(design.method).trained else None,
                 seed=seed,
                 center=bool(design.params.get("center", False)),
@@ -373,7 +392,7 @@ class EmbeddingProblem:
         return fit_whole(
             model,
             head,
-            self.data.train,
+            self.groups,
             budget=self.budget,
             seed=seed,
             lora=self.train == "lora",
@@ -459,8 +478,7 @@ class EmbeddingProblem:
         head.load_state_dict(fitted.head)
         head.normalize = fitted.offset is None
         model = self._model(design, head, offset=fitted.offset, stock=True)
-        if fitted.base is not None:
-            model[0].model.load_state_dict(fitted.base)
+        fitted.restore_base(model, lora=self.train == "lora")
         return save_winner(
             model,
             destination,
@@ -475,6 +493,28 @@ class EmbeddingProblem:
                 "tokens kept per text": self.max_length,
             },
         )
+
+
+def _class_triplets(data: EmbeddingData) -> list[TextPairs]:
+    """Return triplets from the training part of every classification task that allows some."""
+    from bakeoff.embedding.class_triplets import ClassTriplets
+
+    found = []
+    for task in data.tasks:
+        if isinstance(task, ClassificationTask):
+            by_label: dict[str, set[str]] = {}
+            for text, label in zip(task.train_texts, task.train_labels, strict=True):
+                by_label.setdefault(label, set()).add(text)
+            rows = [
+                (label, text)
+                for label, text in zip(task.train_labels, task.train_texts, strict=True)
+                if len(by_label[label]) > 1
+            ]
+            if len({label for label, _ in rows}) > 1:
+                labels, texts = zip(*rows, strict=True)
+                group = f"triplets of {task.name}"
+                found.append(ClassTriplets(labels, texts).pairs(seed=0, group=group))
+    return found
 
 
 def compare_designs(

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 Stage = Literal["stage1", "stage2"]
 STAGES: tuple[Stage, Stage] = ("stage1", "stage2")
 
-# Attention and feed-forward projections, by their names in Llama-like decoders.
-LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Attention and feed-forward projections of Llama-like decoders, then of BERT-like encoders.
+LORA_PROJECTIONS = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("query", "key", "value", "dense"),
+)
 
 
 class TwoStageTrainer:
