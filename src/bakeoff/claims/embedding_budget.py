@@ -27,7 +27,7 @@ class Budget:
 
 BUDGETS: dict[Size, Budget] = {
     "smoke": Budget("smoke", seeds=2, steps=5, batch_size=16, max_length=24, num_latents=2),
-    "laptop": Budget("demo", seeds=5, steps=150, batch_size=32, max_length=48, num_latents=8),
+    "laptop": Budget("demo", seeds=5, steps=100, batch_size=16, max_length=48, num_latents=8),
     "full": Budget("full", seeds=10, steps=2000, batch_size=64, max_length=256, num_latents=64),
 }
 

@@ -144,7 +144,7 @@ class _Size:
 
 _SIZES = {
     "smoke": _Size(4, 6, 6, 6, 0, 0, 0, 12, 10, 0, 0, 40, 0, 0),
-    "demo": _Size(None, 25, 14, 14, None, 12, 80, None, 400, 200, None, 900, 80, 60),
+    "demo": _Size(None, 20, 14, 14, None, 12, 80, None, 400, 200, None, 600, 80, 60),
     "full": _Size(*[None] * 14),
 }
 
