@@ -91,19 +91,23 @@ def test_bidirectional_states_differ_from_causal_ones(tiny, tmp_path):
     assert (units(one) != units(other)).any()
 
 
-def test_centring_subtracts_the_training_mean(tiny, tmp_path):
+def test_centring_subtracts_each_roles_training_mean(tiny, tmp_path):
     from bakeoff.embedding.fitting import Artifact, fit_head
 
     design = Design("c", "mean", {"attention": "causal", "center": True})
     tiny.run(design, 0, Work(tmp_path))
-    offset = Artifact.load(tmp_path).offset
-    cached = tiny._cached("causal")
-    texts = list(dict.fromkeys(tiny.data.train[0].queries + tiny.data.train[0].positives))
-    states = cached.features.layer_means(cached.positions(texts))[:, -1]
-    np.testing.assert_allclose(offset, states.mean(dim=0), atol=1e-5)
+    offsets = Artifact.load(tmp_path).offsets
+    cached, pairs = tiny._cached("causal"), tiny.data.train[0]
+    for role, texts in (("query", pairs.queries), ("document", pairs.positives)):
+        states = cached.features.layer_means(cached.positions(list(dict.fromkeys(texts))))[:, -1]
+        np.testing.assert_allclose(offsets[role], states.mean(dim=0), atol=1e-5)
+    both = (offsets["query"] + offsets["document"]) / 2
+    np.testing.assert_allclose(offsets["text"], both, atol=1e-6)
     head = tiny._head(design, {})
-    vectors = fit_head(head, cached, tiny.groups, budget=None, seed=0, center=True).embed(texts)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    fitted = fit_head(head, cached, tiny.groups, budget=None, seed=0, center=True)
+    vectors = {role: fitted.embed(pairs.queries, role) for role in ("query", "document", "text")}
+    np.testing.assert_allclose(np.linalg.norm(vectors["query"], axis=1), 1, atol=1e-5)
+    assert np.abs(vectors["query"] - vectors["document"]).max() > 1e-3
 
 
 def test_the_fingerprint_follows_budget_data_and_base(tmp_path):

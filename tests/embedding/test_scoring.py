@@ -136,9 +136,10 @@ def test_score_task_covers_each_kind_and_embeds_each_text_of_it():
     texts = tuple(f"t{i}" for i in range(24))
     table = dict(zip(texts, unit(rng.normal(size=(24, 8))), strict=True))
     seen: list[str] = []
+    roles: set[str] = set()
 
-    def embed(asked, kind):
-        assert kind in {"query", "document"}
+    def embed(asked, role):
+        roles.add(role)
         seen.extend(asked)
         return np.stack([table[t] for t in asked])
 
@@ -150,7 +151,10 @@ def test_score_task_covers_each_kind_and_embeds_each_text_of_it():
     ]
     for task, n_units in zip(tasks, [8, 12, 24, 12], strict=True):
         seen.clear()
+        roles.clear()
         units = score_task(task, embed, seed=0)
+        retrieval = isinstance(task, RetrievalTask)
+        assert roles == ({"query", "document"} if retrieval else {"text"})
         assert units.shape == (n_units,)
         assert units.dtype == np.float64
         assert sorted(seen) == sorted(task_texts(task))

@@ -29,7 +29,7 @@ OURS = (
     "latent attention, bidirectional",
     "all layers + linear",
     "scalar mix of layers",
-    "residual MLP + mean",
+    "residual MLP + mean, causal",
 )
 LOAD = """
 import json, sys
@@ -64,7 +64,7 @@ def made(tmp_path_factory):
 
 
 def trained(made, name, folder):
-    """Run one trial; return its vectors of all task texts and its exported folder."""
+    """Run one trial and export it; return texts, their vectors by role, and if it is stock."""
     artifact = folder / "artifact"
     artifact.mkdir()
     texts = sentences(160, 0)[60:]
@@ -72,7 +72,7 @@ def trained(made, name, folder):
     original = type(made)._score
 
     def keep(self, embed, seed, work):
-        kept["vectors"] = embed(texts)
+        kept.update({role: embed(texts, role) for role in ("text", "query", "document")})
         return original(self, embed, seed, work)
 
     type(made)._score = keep
@@ -81,7 +81,7 @@ def trained(made, name, folder):
     finally:
         type(made)._score = original
     stock = made.export(DESIGNS[name], artifact, folder / "winner", reason="a test")
-    return texts, kept["vectors"], stock
+    return texts, kept, stock
 
 
 @pytest.mark.parametrize("name", STOCK + OURS)
@@ -92,7 +92,9 @@ def test_exported_vectors_are_those_that_were_scored(made, name, tmp_path):
     assert stock == (name in STOCK)
     model = SentenceTransformer(str(tmp_path / "winner"), trust_remote_code=not stock)
     # Cached states are float16: a relative error of one in two thousand.
-    np.testing.assert_allclose(model.encode(list(texts)), scored, atol=4e-3)
+    np.testing.assert_allclose(model.encode(list(texts)), scored["text"], atol=4e-3)
+    np.testing.assert_allclose(model.encode_query(list(texts)), scored["query"], atol=4e-3)
+    np.testing.assert_allclose(model.encode_document(list(texts)), scored["document"], atol=4e-3)
     # One text a time, other batch-mates: the same vectors.
     alone = model.encode([texts[3]])
     np.testing.assert_allclose(alone[0], model.encode(list(texts))[3], atol=1e-5)
@@ -102,7 +104,7 @@ def test_exported_vectors_are_those_that_were_scored(made, name, tmp_path):
 def test_a_new_process_loads_the_folder(made, name, tmp_path):
     texts, scored, stock = trained(made, name, tmp_path)
     vectors, knows_bakeoff = in_new_process(tmp_path / "winner", texts, trust=not stock)
-    np.testing.assert_allclose(vectors, scored, atol=4e-3)
+    np.testing.assert_allclose(vectors, scored["text"], atol=4e-3)
     assert knows_bakeoff != stock
     readme = (tmp_path / "winner" / "README.md").read_text()
     assert ("trust_remote_code=True" in readme) != stock
@@ -124,11 +126,13 @@ def test_a_trained_base_leaves_with_its_head(tmp_path, train):
     made = problem(tmp_path, train=train, steps=4, base_learning_rate=1e-2)
     texts, scored, _ = trained(made, "multi-layer pooling, bidirectional", tmp_path)
     model = SentenceTransformer(str(tmp_path / "winner"), trust_remote_code=True)
-    np.testing.assert_allclose(model.encode(list(texts)), scored, atol=1e-4)
+    np.testing.assert_allclose(model.encode(list(texts)), scored["text"], atol=1e-4)
     frozen = problem(tmp_path, train=train, steps=4, base_learning_rate=1e-12)
     (tmp_path / "frozen").mkdir()
     _, unmoved, _ = trained(frozen, "multi-layer pooling, bidirectional", tmp_path / "frozen")
-    assert np.abs(scored - unmoved).max() > 1e-3  # the base did learn, and that was saved
+    assert (
+        np.abs(scored["text"] - unmoved["text"]).max() > 1e-3
+    )  # the base did learn, and that was saved
 
 
 def test_saving_again_replaces_the_folder(made, tmp_path):

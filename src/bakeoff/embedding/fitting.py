@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from bakeoff.data.tasks import TextPairs
 from bakeoff.embedding.baselines import best_layer
 from bakeoff.embedding.pooling import PoolingModule
+from bakeoff.embedding.scoring import Embed, Role
 from bakeoff.embedding.training import (
     Budget,
     Encode,
@@ -51,27 +52,25 @@ class Fitted:
     head
         The pooling head, in evaluation mode.
     embed
-        Texts to unit vectors ``(n, d)``, float32.
+        Texts in a role to unit vectors ``(n, d)``, float32.
     trained_parameters
         How many numbers were trained.
-    offset
-        ``(d,)``, subtracted before normalising, or None.
+    offsets
+        By role, ``(d,)``, subtracted before normalising; empty if vectors are not centred.
     base
         What was trained in the base model, by parameter name: adapters, all weights, or nothing.
     """
 
     head: PoolingModule
-    embed: Callable[[Sequence[str]], Vectors]
+    embed: Embed
     trained_parameters: int = 0
-    offset: Tensor | None = None
+    offsets: Mapping[str, Tensor] = field(default_factory=dict)
     base: Mapping[str, Tensor] | None = None
 
     def save(self, directory: Path, facts: Mapping[str, Any]) -> None:
         """Write ``head.safetensors``, ``base.safetensors`` if trained, and ``fitted.json``."""
-        tensors = dict(self.head.state_dict())
-        if self.offset is not None:
-            tensors["offset"] = self.offset
-        _write_tensors(directory / "head.safetensors", tensors)
+        _write_tensors(directory / "head.safetensors", self.head.state_dict())
+        _write_tensors(directory / "offsets.safetensors", self.offsets)
         if self.base is not None:
             _write_tensors(directory / "base.safetensors", self.base)
         (directory / "fitted.json").write_text(json.dumps(dict(facts)), encoding="utf-8")
@@ -83,7 +82,7 @@ class Artifact:
 
     facts: Mapping[str, Any]
     head: Mapping[str, Tensor]
-    offset: Tensor | None
+    offsets: Mapping[str, Tensor]
     base: Mapping[str, Tensor] | None
 
     @classmethod
@@ -91,9 +90,9 @@ class Artifact:
         """Read an artifact folder."""
         facts = json.loads((directory / "fitted.json").read_text("utf-8"))
         head = load_file(str(directory / "head.safetensors"))
-        offset = head.pop("offset", None)
+        offsets = load_file(str(directory / "offsets.safetensors"))
         base = directory / "base.safetensors"
-        return cls(facts, head, offset, load_file(str(base)) if base.exists() else None)
+        return cls(facts, head, offsets, load_file(str(base)) if base.exists() else None)
 
     def restore_base(self, model: SentenceTransformer, *, lora: bool) -> None:
         """Put the trained part of the base model, if there is one, into `model`."""
@@ -192,7 +191,7 @@ def choose_layer(
     groups
         Training pairs.
     center
-        Whether each layer's mean over the pairs is subtracted first.
+        Whether each layer's mean over queries and over positives is subtracted from them first.
     at_most
         Pairs looked at, chosen at random with a fixed seed: memory is 70 kB a text and layer set.
     """
@@ -203,8 +202,7 @@ def choose_layer(
         for side in ("query", "positive")
     )
     if center:
-        mean = (queries.mean(dim=0) + positives.mean(dim=0)) / 2
-        queries, positives = queries - mean, positives - mean
+        queries, positives = queries - queries.mean(dim=0), positives - positives.mean(dim=0)
     return best_layer(queries, positives)
 
 
@@ -233,7 +231,9 @@ def fit_head(
     seed
         Order of the batches.
     center
-        Whether the mean vector of the training texts is subtracted from every vector.
+        Whether the mean vector of the training queries is subtracted from every query, that of the
+        training positives from every document, and the mean of the two from other texts. A decoder
+        sets docstrings and code far apart as a whole; what is left says which belong together.
     progress
         Called with the fraction done.
     """
@@ -244,20 +244,29 @@ def fit_head(
 
         _train(_encoder(_Sides(groups), pool), head, [], groups, budget, seed, progress)
     head.eval().requires_grad_(False)
-    offset = None
+    offsets: dict[str, Tensor] = {}
     if center:
-        sides, every = _Sides(groups), np.arange(sum(len(group.pairs) for group in groups))
-        texts = dict.fromkeys([*sides.of("query", every), *sides.of("positive", every)])
         head.normalize = False
-        offset = cached.pool(head, cached.positions(list(texts))).mean(dim=0)
+        offsets = _role_means(head, cached, groups)
 
-    def embed(texts: Sequence[str]) -> Vectors:
+    def embed(texts: Sequence[str], role: Role) -> Vectors:
         vectors = cached.pool(head, cached.positions(texts))
-        vectors = vectors if offset is None else vectors - offset
+        vectors = vectors - offsets[role] if offsets else vectors
         return np.asarray(torch.nn.functional.normalize(vectors, dim=-1).numpy())
 
     trained = sum(parameter.numel() for parameter in head.parameters()) if budget else 0
-    return Fitted(head, embed, trained, offset)
+    return Fitted(head, embed, trained, offsets)
+
+
+def _role_means(
+    head: PoolingModule, cached: CachedTexts, groups: Sequence[TrainingGroup]
+) -> dict[str, Tensor]:
+    sides = _Sides(groups)
+    means = {}
+    for role, side in (("query", "query"), ("document", "positive")):
+        texts = dict.fromkeys(sides.of(side, np.arange(len(sides))))
+        means[role] = cached.pool(head, cached.positions(list(texts))).mean(dim=0)
+    return {**means, "text": (means["query"] + means["document"]) / 2}
 
 
 def fit_whole(
@@ -304,7 +313,7 @@ def fit_whole(
     model.eval().requires_grad_(False)
     known: dict[str, Vectors] = {}
 
-    def embed(texts: Sequence[str]) -> Vectors:
+    def embed(texts: Sequence[str], role: Role) -> Vectors:
         missing = [text for text in dict.fromkeys(texts) if text not in known]
         if missing:
             known.update(zip(missing, encode_texts(model, missing), strict=True))

@@ -82,9 +82,9 @@ def _residual_mlp(base: BaseModel, attention: str, **sizes: Any) -> PoolingModul
 _SIZES = ("num_latents", "num_heads", "head_dim")
 HEADS: dict[str, HeadKind] = {
     "last-token": HeadKind("1", False, (), _baseline("LastTokenPooling")),
-    "mean": HeadKind("1", False, (), _baseline("MeanPooling")),
+    "mean": HeadKind("2", False, (), _baseline("MeanPooling")),
     "position-weighted-mean": HeadKind("1", False, (), _baseline("PositionWeightedMeanPooling")),
-    "best-layer": HeadKind("1", False, ("layer",), _single_layer),
+    "best-layer": HeadKind("2", False, ("layer",), _single_layer),
     "scalar-mix": HeadKind("1", True, ("token_reduce",), _layerwise("ScalarMixPooling")),
     "concat-linear": HeadKind("1", True, ("token_reduce",), _layerwise("ConcatLinearPooling")),
     "residual-mlp": HeadKind("1", True, _SIZES, _residual_mlp),

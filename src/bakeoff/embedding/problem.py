@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from bakeoff.embedding.fitting import CachedTexts, Fitted, TrainingGroup
     from bakeoff.embedding.pooling import PoolingModule
+    from bakeoff.embedding.scoring import Embed
     from bakeoff.models import BaseModel, FeatureCache
 
 Train = Literal["head", "lora", "full"]
@@ -52,13 +53,13 @@ def default_designs(
     num_latents: int = 8,
     num_heads: int = 8,
 ) -> Designs:
-    """Return the paper's grid, latent attention, and the sceptic's baselines.
+    """Return the paper's grid, latent attention with its control, and the sceptic's baselines.
 
     Parameters
     ----------
     attentions
-        Attention kinds of the grid. The training-free and linear baselines take the first, the
-        perceptron the last, as latent attention's control. For encoders give ``"bidirectional"``.
+        Attention kinds of the grid; the baselines beside it take the first. For encoders give
+        ``("bidirectional",)``.
     num_latents, num_heads
         Size of the trainable heads. The papers' sizes (768 and 512 latents) belong to base models
         fifty times as large.
@@ -77,9 +78,10 @@ def default_designs(
             Design("last-layer pooling", "last-layer-pooling", sizes),
             Design("multi-layer pooling", "multi-layer-pooling", sizes),
             Design("latent attention", "latent-attention", sizes),
+            Design("residual MLP + mean", "residual-mlp", sizes),
         ]
     )
-    plain, control = {"attention": attentions[0]}, {"attention": attentions[-1]}
+    plain = {"attention": attentions[0]}
     rivals = Designs(
         [
             Design("mean, centred", "mean", {**plain, "center": True}),
@@ -87,7 +89,6 @@ def default_designs(
             Design("best layer, centred", "best-layer", {**plain, "center": True}),
             Design("scalar mix of layers", "scalar-mix", plain),
             Design("all layers + linear", "concat-linear", plain),
-            Design("residual MLP + mean", "residual-mlp", {**control, **sizes}),
         ]
     )
     return grid * Designs.axis("attention", list(attentions)) + rivals
@@ -400,7 +401,12 @@ class EmbeddingProblem:
         )
 
     def _model(
-        self, design: Design, head: PoolingModule, *, offset: Tensor | None = None, stock: bool
+        self,
+        design: Design,
+        head: PoolingModule,
+        *,
+        offsets: Mapping[str, Tensor] | None = None,
+        stock: bool,
     ) -> SentenceTransformer:
         from bakeoff.embedding.winner import sentence_transformer
 
@@ -409,19 +415,19 @@ class EmbeddingProblem:
             head,
             attention=self._attention(design),
             max_length=self.max_length,
-            offset=offset,
+            offsets=offsets,
             stock=stock,
         )
 
     def _score(
-        self, embed: Callable[[Sequence[str]], NDArray[np.float32]], seed: int, work: Work
+        self, embed: Embed, seed: int, work: Work
     ) -> dict[str, dict[str, NDArray[np.float64]]]:
         from bakeoff.embedding.scoring import METRIC_OF_TASK, score_task
 
         scores: dict[str, dict[str, NDArray[np.float64]]] = {}
         for index, task in enumerate(self.data.tasks):
             work.progress(0.8 + 0.2 * index / len(self.data.tasks), f"scoring {task.name}")
-            units = score_task(task, lambda texts, kind: embed(texts), seed=seed)
+            units = score_task(task, embed, seed=seed)
             scores.setdefault(METRIC_OF_TASK[type(task)], {})[task.name] = units
         return scores
 
@@ -476,8 +482,8 @@ class EmbeddingProblem:
         fitted = Artifact.load(artifact)
         head = self._head(design, fitted.facts["resolved"])
         head.load_state_dict(fitted.head)
-        head.normalize = fitted.offset is None
-        model = self._model(design, head, offset=fitted.offset, stock=True)
+        head.normalize = not fitted.offsets
+        model = self._model(design, head, offsets=fitted.offsets, stock=True)
         fitted.restore_base(model, lora=self.train == "lora")
         return save_winner(
             model,

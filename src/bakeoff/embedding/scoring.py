@@ -15,6 +15,7 @@ References
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ from bakeoff.errors import DataError
 
 Vectors = NDArray[np.float32]
 Units = NDArray[np.float64]
+Role = Literal["query", "document", "text"]
+Embed = Callable[[Sequence[str], Role], Vectors]
 
 METRIC_OF_TASK: dict[type, str] = {
     RetrievalTask: "mrr_at_10",
@@ -40,7 +43,7 @@ METRIC_OF_TASK: dict[type, str] = {
 }
 
 
-def score_task(task: Task, embed: Callable[[Sequence[str], str], Vectors], *, seed: int) -> Units:
+def score_task(task: Task, embed: Embed, *, seed: int) -> Units:
     """Score one task.
 
     Parameters
@@ -48,8 +51,8 @@ def score_task(task: Task, embed: Callable[[Sequence[str], str], Vectors], *, se
     task
         A task record.
     embed
-        ``embed(texts, kind)`` returns a float32 array ``(len(texts), d)`` of unit vectors; `kind`
-        is ``"query"`` or ``"document"``.
+        ``embed(texts, role)`` returns a float32 array ``(len(texts), d)`` of unit vectors; `role`
+        is ``"query"`` or ``"document"`` in retrieval, ``"text"`` elsewhere.
     seed
         Seeds k-means; the other measures are deterministic.
 
@@ -62,15 +65,15 @@ def score_task(task: Task, embed: Callable[[Sequence[str], str], Vectors], *, se
         queries, documents = embed(task.queries, "query"), embed(task.documents, "document")
         return reciprocal_ranks(queries, documents, task.relevant)
     if isinstance(task, SimilarityTask):
-        left, right = embed(task.texts_a, "document"), embed(task.texts_b, "document")
+        left, right = embed(task.texts_a, "text"), embed(task.texts_b, "text")
         cosines = np.einsum("nd,nd->n", left, right, dtype=np.float64)
         return spearman_units(cosines, task.scores)
     if isinstance(task, ClusteringTask):
         return v_measure_units(
-            task.labels, kmeans_labels(embed(task.texts, "document"), len(set(task.labels)), seed)
+            task.labels, kmeans_labels(embed(task.texts, "text"), len(set(task.labels)), seed)
         )
-    train = embed(task.train_texts, "document")
-    test = embed(task.test_texts, "document")
+    train = embed(task.train_texts, "text")
+    test = embed(task.test_texts, "text")
     return classification_hits(train, task.train_labels, test, task.test_labels)
 
 

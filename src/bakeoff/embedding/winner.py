@@ -49,7 +49,7 @@ def sentence_transformer(
     *,
     attention: str,
     max_length: int,
-    offset: Tensor | None = None,
+    offsets: Mapping[str, Tensor] | None = None,
     stock: bool = True,
 ) -> SentenceTransformer:
     """Put a base model and a pooling head together as a `SentenceTransformer`.
@@ -65,8 +65,10 @@ def sentence_transformer(
         ``"causal"`` or ``"bidirectional"``.
     max_length
         Tokens kept of each text.
-    offset
-        ``(d,)``, subtracted from the pooled vector before it is normalised (centring), or None.
+    offsets
+        By role (``"query"``, ``"document"``, ``"text"``) a vector ``(d,)`` that is subtracted from
+        the pooled one before it is normalised. `encode_query` and `encode_document` choose their
+        roles, `encode` is for other texts.
     stock
         Whether to use sentence-transformers' own modules where they say the same.
 
@@ -93,9 +95,9 @@ def sentence_transformer(
         modules += _stock_modules(transformer, base, head)
     else:
         modules.append(head)
-    if offset is not None:
-        modules.append(_centring(offset))
-    if offset is not None or not getattr(modules[-1], "normalize", False):
+    if offsets:
+        modules.append(_centring(offsets))
+    if offsets or not getattr(modules[-1], "normalize", False):
         modules.append(Normalize())
     return SentenceTransformer(modules=modules, device="cpu").eval()
 
@@ -118,19 +120,24 @@ def _stock_modules(transformer: Any, base: BaseModel, head: PoolingModule) -> li
     return [one_layer, pooling]
 
 
-def _centring(offset: Tensor) -> nn.Module:
-    from sentence_transformers.base.modules import Dense
+def _centring(offsets: Mapping[str, Tensor]) -> nn.Module:
+    from sentence_transformers.base.modules import Dense, Router
 
-    width = len(offset)
-    subtract: nn.Module = Dense(
-        width,
-        width,
-        bias=True,
-        activation_function=nn.Identity(),
-        init_weight=torch.eye(width),
-        init_bias=-offset.detach().float(),
-    )
-    return subtract
+    def subtract(offset: Tensor) -> nn.Module:
+        width = len(offset)
+        module: nn.Module = Dense(
+            width,
+            width,
+            bias=True,
+            activation_function=nn.Identity(),
+            init_weight=torch.eye(width),
+            init_bias=-offset.detach().float(),
+        )
+        return module
+
+    routes = {role: [subtract(offset)] for role, offset in offsets.items()}
+    by_role: nn.Module = Router(routes, default_route="text")
+    return by_role
 
 
 def save_winner(model: SentenceTransformer, directory: Path, facts: Mapping[str, Any]) -> bool:
@@ -197,7 +204,8 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("PATH/TO/THIS/FOLDER"{argument})
 ```
 
-`bakeoff export PATH/TO/THIS/FOLDER --to onnx` makes a folder that needs neither.
+In retrieval, embed queries with `model.encode_query` and documents with `model.encode_document`;
+any other text with `model.encode`. `bakeoff export PATH/TO/THIS/FOLDER --to onnx` makes a folder that needs neither.
 
 {rows}"""
 
