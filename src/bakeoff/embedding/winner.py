@@ -205,7 +205,8 @@ model = SentenceTransformer("PATH/TO/THIS/FOLDER"{argument})
 ```
 
 In retrieval, embed queries with `model.encode_query` and documents with `model.encode_document`;
-any other text with `model.encode`. `bakeoff export PATH/TO/THIS/FOLDER --to onnx` makes a folder that needs neither.
+any other text with `model.encode`. A folder that needs neither library:
+`bakeoff export PATH/TO/THIS/FOLDER --to onnx`.
 
 {rows}"""
 
