@@ -24,7 +24,8 @@ CLAIMS = (
     Claim(
         name="central",
         statement="Multi-layer trainable pooling with bidirectional attention beats pooling the "
-        "last token under causal attention in retrieval and similarity.",
+        "last token under causal attention in retrieval and similarity (here the base is frozen, "
+        "so the last token has nothing to train).",
         source=f"{PAPER}, abstract",
         figure=None,
         treatment=TREATMENT,
