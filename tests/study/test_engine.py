@@ -514,8 +514,10 @@ def test_ray_without_ray_names_the_extra(tmp_path, log, monkeypatch):
         study(tmp_path, Toy(log), engine="ray")
 
 
-def test_ray_runs_a_study(tmp_path, log):
+def test_ray_runs_a_study(tmp_path, log, monkeypatch):
     ray = pytest.importorskip("ray")
+    # Ray's workers import the toy problem by themselves.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), *sys.path]))
     ray.init(num_cpus=2, include_dashboard=False)
     try:
         on_ray = study(tmp_path, Toy(log, artifact=True), engine="ray", workers=2).run()
