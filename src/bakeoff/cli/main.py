@@ -124,7 +124,7 @@ def run(
             "--steps",
             min=1,
             help="Training steps. By default 300 of 32 pairs, 128 tokens kept; for the default "
-            "data, which must be done in minutes, 50 of 16 pairs, 48 tokens.",
+            "data, which must be done in minutes, 40 of 16 pairs, 48 tokens.",
         ),
     ] = None,
     batch_size: Annotated[

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TaskKind = Literal["pairs", "labelled", "scored"]
 DataSize = Literal["smoke", "demo", "full"]
 Train = Literal["head", "lora", "full"]
-DEMO_BUDGET: dict[str, Any] = {"steps": 50, "batch_size": 16, "max_length": 48}
+DEMO_BUDGET: dict[str, Any] = {"steps": 40, "batch_size": 16, "max_length": 48}
 EXIT_SOME_FAILED = 4
 
 
