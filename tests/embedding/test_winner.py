@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.embedding.tiny_problem import problem, sentences
+from tests.embedding.tiny_problem import problem, save_base, sentences
 
 from bakeoff.embedding.problem import default_designs
 from bakeoff.embedding.winner import export_onnx
@@ -216,3 +216,51 @@ def test_mteb_runs_the_winner(made, tmp_path):
     left, right = model.encode(list(texts[:20])), model.encode(list(texts[20:]))
     expected = spearmanr((left * right).sum(axis=1), columns["score"]).statistic
     assert score == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("train", ["head", "lora"])
+def test_a_chat_template_of_the_base_is_not_put_around_texts(tmp_path, train):
+    """A frozen base and one that hardly moves must score alike, and so must the saved winner."""
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoTokenizer
+
+    save_base(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.chat_template = (
+        "the cat saw a dog {% for message in messages %}{{ message['content'] }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "base")
+    frozen = problem(tmp_path)
+    (tmp_path / "frozen").mkdir()
+    _, expected, _ = trained(frozen, "mean, causal", tmp_path / "frozen")
+    made = problem(tmp_path, train=train, steps=1, base_learning_rate=1e-12)
+    texts, scored, _ = trained(made, "mean, causal", tmp_path)
+    np.testing.assert_allclose(scored["text"], expected["text"], atol=4e-3)
+    model = SentenceTransformer(str(tmp_path / "winner"))
+    np.testing.assert_allclose(model.encode(list(texts)), expected["text"], atol=4e-3)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_the_embedded_base_gives_the_vectors_that_were_scored(tmp_path, attention):
+    from sentence_transformers import SentenceTransformer
+
+    from bakeoff.data.tasks import EmbeddingData, SimilarityTask
+    from bakeoff.embedding import EmbeddingProblem
+    from bakeoff.models import FeatureCache
+    from bakeoff.study import Design
+
+    texts = ("Return the number of lines.", "A flood hit the town.", "open a file", "x = 1", "cat")
+    task = SimilarityTask("pairs", texts, texts[1:] + texts[:1], np.arange(5.0))
+    made = EmbeddingProblem(
+        EmbeddingData("five", (), (task,)), max_length=16, cache=FeatureCache(tmp_path / "cache")
+    )
+    design = Design("mean", "mean", {"attention": attention})
+    (tmp_path / "trial").mkdir()
+    made.run(design, 0, Work(tmp_path / "trial"))
+    cached = made._cached(attention)
+    states = cached.features.layer_means(cached.positions(texts))[:, -1].numpy()
+    expected = states / np.linalg.norm(states, axis=1, keepdims=True)
+    made.export(design, tmp_path / "trial", tmp_path / "winner")
+    vectors = SentenceTransformer(str(tmp_path / "winner")).encode(list(texts))
+    np.testing.assert_allclose(vectors, expected, atol=2e-3)

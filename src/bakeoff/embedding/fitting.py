@@ -316,7 +316,9 @@ def fit_whole(
     def embed(texts: Sequence[str], role: Role) -> Vectors:
         missing = [text for text in dict.fromkeys(texts) if text not in known]
         if missing:
-            known.update(zip(missing, encode_texts(model, missing), strict=True))
+            # What is cut is counted and said once, by the problem.
+            vectors = encode_texts(model, missing, on_truncated=lambda rows: None)
+            known.update(zip(missing, vectors, strict=True))
         return np.stack([known[text] for text in texts])
 
     return Fitted(head, embed, trained, base=learned)

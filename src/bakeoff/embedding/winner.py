@@ -7,6 +7,7 @@ loads with ``trust_remote_code=True``. `export_onnx` makes a folder that needs n
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -78,13 +79,25 @@ def sentence_transformer(
         In evaluation mode, on the CPU, float32.
     """
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modality import InputFormatter
     from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
 
     with quiet_transformers():  # it warns of the language-model head that pooling does without
         transformer = Transformer(
             str(base.path), max_seq_length=max_length, model_kwargs={"dtype": torch.float32}
         )
-    transformer.processor = base.tokenizer
+    # With a chat template, sentence-transformers would put each text into a conversation, system
+    # prompt included; what was scored are the texts themselves.
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = None
+    transformer.processor = tokenizer
+    transformer.modality_config, transformer.module_output_name = transformer.infer_modalities(
+        transformer.model, tokenizer
+    )
+    transformer.input_formatter = InputFormatter(
+        model_type=transformer.config.model_type, message_format="auto", processor=tokenizer
+    )
+    transformer.input_formatter.supported_modalities = list(transformer.modality_config)
     transformer.max_seq_length = max_length
     if attention == "bidirectional" and base.is_decoder:
         from bakeoff.models import make_bidirectional
