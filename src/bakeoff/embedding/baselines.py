@@ -328,14 +328,16 @@ def layer_scores(
     for layer in range(query_states.shape[1]):
         queries = nn.functional.normalize(query_states[:, layer].float(), dim=-1)
         positives = nn.functional.normalize(positive_states[:, layer].float(), dim=-1)
-        total = 0.0
+        # Counted as whole numbers, so that equal layers score equally whatever the block size.
+        counts = torch.zeros(cutoff + 2, dtype=torch.long)
         for start in range(0, len(queries), block_size):
             block = queries[start : start + block_size]
             similarity = block @ positives.T
             own = similarity.diagonal(start)[:, None]
             # Equal texts give equal vectors, but a matrix product only nearly equal similarities.
             ranks = 1 + (similarity > own + 1e-6).sum(dim=1)
-            total += float(torch.where(ranks <= cutoff, 1.0 / ranks, 0.0).sum())
+            counts += torch.bincount(ranks.clamp(max=cutoff + 1).cpu(), minlength=cutoff + 2)
+        total = sum(int(counts[rank]) / rank for rank in range(1, cutoff + 1))
         scores.append(total / len(queries))
     return scores
 
