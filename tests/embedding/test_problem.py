@@ -270,3 +270,24 @@ def test_an_encoder_base_runs_bidirectional_designs_only(tmp_path):
         scratch = tmp_path / design.name
         scratch.mkdir()
         assert np.isfinite(units(made.run(design, 0, Work(scratch)))).all()
+
+
+def test_each_batch_takes_the_negative_rule_of_its_own_group(tiny, monkeypatch):
+    from bakeoff.embedding import fitting
+
+    pairs = tiny.data.train[0]
+    triplets = replace(
+        pairs.take(range(20)), negatives=pairs.queries[20:40], group="own negatives only"
+    )
+    groups = (
+        fitting.TrainingGroup(pairs.take(range(20, 60))),
+        fitting.TrainingGroup(triplets, in_batch=False),
+    )
+    seen = {}
+    monkeypatch.setattr(
+        fitting, "train_contrastive", lambda *args, **settings: seen.update(settings)
+    )
+    head = tiny._head(Design("d", "concat-linear", {"attention": "causal"}), {})
+    fitting.fit_head(head, tiny._cached("causal"), groups, budget=tiny.budget, seed=0)
+    rules = [seen["in_batch"](np.array([first])) for first in (0, 39, 40, 59)]
+    assert rules == [True, True, False, False]
