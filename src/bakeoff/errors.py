@@ -25,7 +25,7 @@ class FetchError(BakeoffError, RuntimeError):
 
 
 class StoreError(BakeoffError, RuntimeError):
-    """A study directory is in use, damaged, or written by another version."""
+    """A study directory or vector store is in use, damaged, or written by another version."""
 
 
 class CacheError(BakeoffError, OSError):

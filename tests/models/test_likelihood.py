@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.models import tiny
 
 from bakeoff.errors import DataError, ModelError
 from bakeoff.models import load_language_model, option_losses, response_losses
-from tests.models import tiny
 
 
 def language_model(kind="llama"):

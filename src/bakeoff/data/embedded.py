@@ -431,7 +431,7 @@ def _manual(limits: _Size, seed: int) -> tuple[TextPairs, list[Task]]:
 
 
 def _news(limits: _Size, seed: int) -> tuple[TextPairs, list[Task]]:
-    articles = _news_articles()
+    articles = news_articles()
     held_out = hold_out(articles, fraction=0.5, seed=seed)
     train = [article for article, test in zip(articles, held_out, strict=True) if not test]
     test = sample(
@@ -449,7 +449,7 @@ def _news(limits: _Size, seed: int) -> tuple[TextPairs, list[Task]]:
     return pairs, [RetrievalTask("news lead to article", leads, rests, np.arange(len(test)))]
 
 
-def _news_articles() -> list[tuple[str, str]]:
+def news_articles() -> list[tuple[str, str]]:
     """Split each article into its first sentence and the rest; leave out copies and stubs."""
     articles: list[tuple[str, str]] = []
     seen: set[tuple[str, ...]] = set()
@@ -493,13 +493,10 @@ def _judged_similarity(limits: _Size, seed: int) -> list[Task]:
 
 
 def _films(limits: _Size, seed: int) -> list[Task]:
-    by_text: dict[str, tuple[str, str]] = {}
-    for line in _read("pang_lee_polarity.cor", "cp1252").splitlines():
-        label, text = line.split(maxsplit=1)
-        by_text.setdefault(normalise(text), (text.strip(), label.removeprefix("__label__")))
+    snippets = film_snippets()
     chosen: list[tuple[str, str]] = []
     for label in ("neg", "pos"):
-        of_class = [row for row in by_text.values() if row[1] == label]
+        of_class = [row for row in snippets if row[1] == label]
         chosen += sample(of_class, limits.n_films_per_class, seed, key=lambda row: row[0])
     if not chosen:
         return []
@@ -515,6 +512,15 @@ def _films(limits: _Size, seed: int) -> list[Task]:
             tuple(labels[i] for i in test_ids),
         )
     ]
+
+
+def film_snippets() -> list[tuple[str, str]]:
+    """Return sentences of film reviews with ``"neg"`` or ``"pos"``; of equal ones the first."""
+    by_text: dict[str, tuple[str, str]] = {}
+    for line in _read("pang_lee_polarity.cor", "cp1252").splitlines():
+        label, text = line.split(maxsplit=1)
+        by_text.setdefault(normalise(text), (text.strip(), label.removeprefix("__label__")))
+    return list(by_text.values())
 
 
 def _read(name: str, encoding: str) -> str:

@@ -300,13 +300,13 @@ def _shard_rows(path: Path, shards: Sequence[Path], columns: list[str] | None) -
                 f"{listed(names[0])}, {shard.name} has {listed(names[-1])}"
             )
     # Datasets on the hub name their shards train-00000-of-00002.parquet and so on.
-    splits = _split_roles([re.split(r"[-._]", shard.name)[0] for shard in shards])
+    splits = split_roles([re.split(r"[-._]", shard.name)[0] for shard in shards])
     for shard, split in zip(shards, splits, strict=True):
         if split != "unused":
             yield from _parquet_rows(shard, columns, split, prefix=f"{shard.name} ")
 
 
-def _split_roles(names: Sequence[str]) -> list[str | None]:
+def split_roles(names: Sequence[str]) -> list[str | None]:
     """Return train, test or unused for each part if their names form a split, else None for all."""
     test = next((name for name in _TEST_SPLITS if name in names), None)
     if test is None or not set(names) <= {"train", *_TEST_SPLITS}:
@@ -323,7 +323,7 @@ def _datasets_rows(path: Path, columns: list[str] | None) -> Iterator[Row]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: not a readable datasets folder: {reason}") from None
     parts = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
-    for (name, part), split in zip(parts.items(), _split_roles(list(parts)), strict=True):
+    for (name, part), split in zip(parts.items(), split_roles(list(parts)), strict=True):
         if split == "unused":
             continue
         if columns is not None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,9 +122,63 @@ class TrainingPool:
 def as_samples(texts: Sequence[str | Sample], *, source: str = "") -> tuple[Sample, ...]:
     """Return samples as they are and texts as plain documents.
 
+    Raises
+    ------
+    DataError
+        If `texts` is one string, or holds something else.
+
     Examples
     --------
     >>> as_samples(["a text"])[0].response
     'a text'
     """
+    if isinstance(texts, str):
+        raise DataError("texts must be a sequence of texts or samples, got one string")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str | Sample):
+            raise DataError(f"texts[{row}] must be a text or a Sample, got {type(text).__name__}")
     return tuple(t if isinstance(t, Sample) else Sample(t, source=source) for t in texts)
+
+
+def tokenize_sample(
+    sample: Sample, tokenizer: Any, max_length: int, *, end: bool = True
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of a sample's prefix and of its response, at most `max_length` in all.
+
+    Both are tokenized by themselves, so that the boundary is exact. A response that is too long is
+    cut at its end; what room it leaves takes the end of the prefix, which is cut at its beginning.
+
+    Parameters
+    ----------
+    sample
+        The sample.
+    tokenizer
+        A transformers tokenizer; its special tokens are not added, but for `end`.
+    max_length
+        Most tokens, at least 1.
+    end
+        Whether the end-of-text token, where the tokenizer has one, follows the response.
+
+    Returns
+    -------
+    tuple of two lists of int
+        The prefix, empty for a plain document, and the response, never empty.
+
+    Raises
+    ------
+    DataError
+        If the response has no tokens or `max_length` is less than 1.
+    """
+    if max_length < 1:
+        raise DataError(f"max_length must be at least 1, got {max_length}")
+    response = tokenizer(sample.response, add_special_tokens=False, verbose=False).input_ids
+    if not response:
+        raise DataError(f"a sample's response has no tokens: {sample.response!r}")
+    if end and tokenizer.eos_token_id is not None:
+        response = [*response, tokenizer.eos_token_id]
+    response = response[:max_length]
+    room = max_length - len(response)
+    prefix: list[int] = []
+    if sample.prefix and room:
+        prefix = tokenizer(sample.prefix, add_special_tokens=False, verbose=False).input_ids[-room:]
+    return list(prefix), list(response)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bakeoff.models.loading import BaseModel, LanguageModel, load, load_language_model
     from bakeoff.models.packaged import ModelInfo, available, pull
     from bakeoff.models.states import hidden_states
+    from bakeoff.models.text_encoder import TextEncoder
 
 __all__ = [
     "BaseModel",
@@ -22,6 +23,7 @@ __all__ = [
     "LanguageModel",
     "Losses",
     "ModelInfo",
+    "TextEncoder",
     "available",
     "bidirectional",
     "encode",
@@ -43,6 +45,7 @@ _HOME = {
     "LanguageModel": "loading",
     "Losses": "likelihood",
     "ModelInfo": "packaged",
+    "TextEncoder": "text_encoder",
     "available": "packaged",
     "bidirectional": "attention",
     "encode": "encoding",

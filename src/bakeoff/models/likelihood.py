@@ -177,12 +177,9 @@ def option_losses(
             ids, mask = _left_padded([prompts[row] for row in rows], model.device)
             output = _run(model, ids, mask, keep=1, use_cache=True)
             first = torch.log_softmax(output.logits[:, -1].float(), dim=-1)
+            later = _continuation_losses(model, output.past_key_values, mask, options)
             for number, option in enumerate(options):
-                total = -first[:, option[0]].double()
-                if len(option) > 1:
-                    total = total + _continuation_losses(
-                        model, output.past_key_values, mask, option
-                    )
+                total = later[number] - first[:, option[0]].double()
                 losses[rows, number] = (total / len(option)).cpu().numpy()
             done += len(rows)
             if progress is not None:
@@ -190,22 +187,59 @@ def option_losses(
     return losses
 
 
-def _continuation_losses(model: Any, cache: Any, mask: Tensor, option: Sequence[int]) -> Tensor:
-    """Return, per row, the summed loss of an option's tokens after its first; keeps the cache."""
+def _continuation_losses(
+    model: Any, cache: Any, mask: Tensor, options: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Return, per option and row, the summed loss of the option's tokens after its first."""
+    found = [mask.new_zeros(len(mask)).double() for _ in options]
+    longer = [number for number, option in enumerate(options) if len(option) > 1]
+    # A sliding window forgets as it grows: there, each option goes on from a copy of the cache.
+    sliding = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+    groups = [[number] for number in longer] if sliding else [longer] if longer else []
+    for group in groups:
+        chosen = [options[number] for number in group]
+        grown = copy.deepcopy(cache) if sliding else cache
+        totals = _side_by_side(model, grown, mask, chosen)
+        for number, total in zip(group, totals, strict=True):
+            found[number] = total
+    return found
+
+
+def _side_by_side(
+    model: Any, cache: Any, mask: Tensor, options: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Run all options in one pass, each seeing the prompt and itself.
+
+    A pass over a few tokens takes as long as reading the weights does, so one pass per option would
+    take as long as the prompts.
+    """
     import torch
 
     n_rows = len(mask)
-    ids = torch.tensor(option, device=mask.device).expand(n_rows, -1)
-    seen = torch.cat([mask, mask.new_ones(n_rows, len(option) - 1)], dim=1)
-    # A sliding window forgets as it grows, so it cannot be cut back: a copy grows instead.
-    sliding = any(getattr(layer, "is_sliding", False) for layer in cache.layers)
-    grown = copy.deepcopy(cache) if sliding else cache
-    output = _run(
-        model, ids[:, :-1], seen, keep=len(option) - 1, use_cache=True, past_key_values=grown
-    )
-    if not sliding:
-        grown.crop(-(len(option) - 1))
-    return _token_losses(output.logits, ids[:, 1:]).double().sum(dim=1)
+    lengths = [len(option) - 1 for option in options]
+    owner = torch.repeat_interleave(torch.arange(len(options)), torch.tensor(lengths))
+    place = torch.cat([torch.arange(length) for length in lengths])
+    inputs = torch.tensor([token for option in options for token in option[:-1]])
+    targets = torch.tensor([token for option in options for token in option[1:]])
+    sees = (owner[:, None] == owner[None, :]) & (place[:, None] >= place[None, :])
+    prompt = mask.bool()[:, None, :].expand(-1, len(inputs), -1)
+    visible = torch.cat([prompt, sees.to(mask.device).expand(n_rows, -1, -1)], dim=-1)
+    options_of: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    accepted = inspect.signature(model.forward).parameters
+    if "position_ids" in accepted:
+        options_of["position_ids"] = mask.sum(dim=1, keepdim=True) + place.to(mask.device)
+    if len(options) == 1:
+        seen: Tensor = torch.cat([mask, mask.new_ones(n_rows, len(inputs))], dim=1)
+    else:
+        dtype = next(model.parameters()).dtype
+        seen = torch.zeros(visible.shape, dtype=dtype, device=mask.device)
+        seen = seen.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+    ids = inputs.to(mask.device).expand(n_rows, -1)
+    logits = model(input_ids=ids, attention_mask=seen, **options_of).logits
+    losses = _token_losses(logits, targets.to(mask.device).expand(n_rows, -1)).double()
+    return [
+        losses[:, (owner == number).to(mask.device)].sum(dim=1) for number in range(len(options))
+    ]
 
 
 def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -105,6 +105,10 @@ class LanguageModel:
     fingerprint: str
     max_length: int
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
+        """Return the same object: copies of what holds it (scikit-learn's clones) share weights."""
+        return self
+
 
 def load(
     name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu", append_eos: bool = False
@@ -155,7 +159,7 @@ def load(
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    folder, stated_length = _transformer_part(_locate(str(name)))
+    folder, stated_length = _transformer_part(model_folder(str(name)))
     with quiet_transformers():
         _refuse_unfit(folder)
         tokenizer = _tokenizer(folder)
@@ -210,7 +214,7 @@ def load_language_model(
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    folder, stated_length = _transformer_part(_locate(str(name)))
+    folder, stated_length = _transformer_part(model_folder(str(name)))
     with quiet_transformers():
         _refuse_unfit(folder)
         tokenizer = _tokenizer(folder)
@@ -235,8 +239,14 @@ def load_language_model(
 # Where it lies ------------------------------------------------------------------------------------
 
 
-def _locate(name: str) -> Path:
-    """Return the folder that holds the model `name`, fetching or converting it if need be."""
+def model_folder(name: str) -> Path:
+    """Return the folder that holds the model `name`, fetching or converting it if need be.
+
+    Raises
+    ------
+    ModelError
+        If there is no such model, or the hub cannot be reached.
+    """
     if is_packaged(name):
         return pull(name)
     path = Path(name).expanduser()
