@@ -16,7 +16,6 @@ from bakeoff.claims.claim import (
     save_result,
 )
 from bakeoff.claims.ledger import ledger_markdown, ledger_rows
-from bakeoff.embedding.problem import METRICS, default_designs
 from bakeoff.errors import BakeoffError
 
 VERDICTS = ("better", "worse", "equivalent", "undecided")
@@ -54,18 +53,19 @@ def test_nothing_measured_decides_nothing():
     assert judge(Claim("c", "s", "p", None, "t", (), ()), []) == "undecided"
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("slug", claim_slugs())
-def test_claims_name_designs_and_metrics_that_exist(slug):
-    import importlib
-
-    claims, _ = load_claims(slug)
-    module = importlib.import_module(f"bakeoff.claims.{slug.replace('-', '_')}")
-    known = {design.name for design in default_designs()}
-    assert set(module.DESIGNS) <= known
+@pytest.mark.parametrize("size", ["smoke", "laptop"])
+def test_claims_name_designs_and_metrics_that_exist(slug, size, tmp_path):
+    claims, build = load_claims(slug)
+    study = build(size, tmp_path, 1)
+    names = {design.name for design in study.designs}
+    for design in study.designs:
+        study.problem.check(design)
     assert len({claim.name for claim in claims}) == len(claims)
     for claim in claims:
-        assert {claim.treatment, *claim.references} <= set(module.DESIGNS)
-        assert set(claim.metrics) <= set(METRICS)
+        assert {claim.treatment, *claim.references} <= names
+        assert set(claim.metrics) <= set(study.problem.metrics)
         assert claim.statement.endswith((".", ")."))
 
 

@@ -157,17 +157,24 @@ def test_methods_lists_both_published_methods():
 
 
 def test_every_declared_name_can_be_imported_and_every_design_run():
-    import bakeoff.embedding
-    from bakeoff.embedding.heads import HEADS
+    import importlib
 
+    from bakeoff.selection.problem import annotation_designs, training_designs
+
+    runs = {
+        "embedding": {design.method for design in default_designs()},
+        "selection": {design.method for design in (*annotation_designs(), *training_designs())},
+    }
     for method in json.loads(invoke("methods", "--json").stdout):
+        family = importlib.import_module(f"bakeoff.{method['family']}")
         for name in method["names"]:
-            assert hasattr(bakeoff.embedding, name), name
-        assert set(method["designs"]) <= set(HEADS)
+            assert hasattr(family, name), name
+        assert set(method["designs"]) <= runs[method["family"]]
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "methods", "claim", "claims", "pull", "report", "export", "doctor"]
+    "command",
+    ["run", "select", "methods", "claim", "claims", "pull", "report", "export", "doctor"],
 )
 def test_every_command_has_help_with_an_example_and_json(command):
     text = invoke(command, "--help").output

@@ -73,7 +73,9 @@ def options(
 
 @app.command()
 def run(
-    family: Annotated[str, typer.Argument(help="What is compared.")] = "embedding",
+    family: Annotated[
+        str, typer.Argument(help="What is compared: embedding or selection.")
+    ] = "embedding",
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -81,6 +83,14 @@ def run(
             help="Your file or folder (Parquet, JSONL, CSV, datasets); may be given several times. "
             "Pairs or triplets, labelled texts, or scored pairs. Default: real text that comes "
             "with Python and packages.",
+        ),
+    ] = None,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--target",
+            help="selection: compare what to train on, not what to label; a file that looks like "
+            "what the model is for (default data: manual, news, films, docstrings or code).",
         ),
     ] = None,
     column: Annotated[
@@ -98,9 +108,43 @@ def run(
         int | None, typer.Option("--max-texts", min=10, help="Use at most so many rows per file.")
     ] = None,
     base: Annotated[
-        str,
-        typer.Option("--base", help="Base model: packaged name, folder, .gguf file or hub id."),
-    ] = "smollm2-135m",
+        str | None,
+        typer.Option(
+            "--base",
+            help="Base model: packaged name, folder, .gguf file or hub id. Default: smollm2-135m; "
+            "with --target a small GPT trained on the pool beforehand.",
+        ),
+    ] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option("--embedder", help="selection: sentence-transformers model for vectors."),
+    ] = None,
+    selector_model: Annotated[
+        str | None,
+        typer.Option(
+            "--selector-model",
+            help="selection: language model of designs that read one. Default: the base.",
+        ),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", help="selection: numbers of labels, e.g. 18,50,100."),
+    ] = None,
+    learner: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--learner",
+            help="selection: who answers with the labels, nearest-neighbour or in-context. "
+            "Repeatable.",
+        ),
+    ] = None,
+    number: Annotated[
+        int | None,
+        typer.Option("--number", "-n", min=1, help="selection: samples to train on."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="selection: tokens to train on.")
+    ] = None,
     designs: Annotated[
         str | None,
         typer.Option("--designs", help="Comma-separated names; see `bakeoff methods --designs`."),
@@ -112,12 +156,13 @@ def run(
         int, typer.Option("--seeds", min=1, help="How often each design is fitted.")
     ] = 3,
     train: Annotated[
-        Literal["head", "lora", "full"],
+        Literal["head", "lora", "full"] | None,
         typer.Option(
             "--train",
-            help="What is trained: the head on frozen, cached states, or the base model too.",
+            help="What is trained: the head on frozen, cached states (embedding's default), "
+            "adapters, or all of the base model (selection's default).",
         ),
-    ] = "head",
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -159,24 +204,152 @@ def run(
 
     command.run(
         family,
-        data=data or [],
-        columns=_assignments(column or []),
-        task=task,
-        size=size,
-        max_texts=max_texts,
-        base=base,
-        designs=designs,
+        command.Options(
+            data=data or [],
+            target=target,
+            columns=_assignments(column or []),
+            task=task,
+            size=size,
+            max_texts=max_texts,
+            base=base,
+            embedder=embedder,
+            selector_model=selector_model,
+            designs=designs,
+            train=train,
+            steps=steps,
+            tokens=tokens,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            max_length=max_length,
+            budgets=_numbers(budgets, "--budgets"),
+            learners=learner or [],
+            number=number,
+        ),
         reference=reference,
         seeds=seeds,
-        train=train,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        max_length=max_length,
         out=out,
         workers=workers,
         engine=engine,
         alpha=alpha,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def select(
+    method: Annotated[
+        str, typer.Option("--method", help="How to choose, e.g. vote-k; a wrong name lists all.")
+    ],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            "--data",
+            help="Your file (Parquet, JSONL, CSV) or folder of Parquet shards to choose from; may "
+            "be given several times.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="Where the chosen rows go: .parquet, .jsonl or .csv. The report goes beside it.",
+        ),
+    ],
+    number: Annotated[
+        int, typer.Option("--number", "-n", min=1, help="How many new rows to choose.")
+    ] = 100,
+    text_column: Annotated[
+        str | None,
+        typer.Option("--text-column", help="The column to read. Default: one of a usual name."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            help="For training samples: which column is context, instruction or response, e.g. "
+            "response=answer. Repeatable.",
+        ),
+    ] = None,
+    embedder: Annotated[
+        str,
+        typer.Option(
+            "--embedder",
+            help="sentence-transformers model: packaged name, folder or hub id. What it has "
+            "embedded is kept in the cache.",
+        ),
+    ] = "all-minilm-l6-v2",
+    already_labeled: Annotated[
+        str | None,
+        typer.Option(
+            "--already-labeled",
+            help="A column that is not empty where a row is labelled already, or a file of row "
+            "numbers.",
+        ),
+    ] = None,
+    queries: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--queries",
+            help="File of examples of what is wanted, where a method asks. Several files are "
+            "several tasks that take turns.",
+        ),
+    ] = None,
+    confidence: Annotated[
+        str | None,
+        typer.Option(
+            "--confidence",
+            help="Column that says how sure your model is of each row, where a method asks.",
+        ),
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option("--groups", help="Column of groups to balance, where a method asks."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Language model, where a method reads one: packaged name, folder, .gguf file or "
+            "hub id. Default: smollm2-135m.",
+        ),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", help="NAME=VALUE for the method, e.g. k=50. Repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn at random.")] = 0,
+    max_rows: Annotated[
+        int | None,
+        typer.Option("--max-rows", min=1, help="Choose from so many rows, drawn at random."),
+    ] = None,
+    no_report: Annotated[
+        bool, typer.Option("--no-report", help="Write no HTML page beside the chosen rows.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Choose rows of your data to label or to train on, each with its reason.
+
+    Example: bakeoff select --method vote-k --data pool.parquet -n 100 --out chosen.parquet
+    """
+    from bakeoff.cli import select as command
+
+    command.select(
+        method=method,
+        data=data,
+        text_column=text_column,
+        columns=_assignments(column or []),
+        number=number,
+        out=out,
+        embedder=embedder,
+        already_labeled=already_labeled,
+        queries=queries or [],
+        confidence=confidence,
+        groups=groups,
+        model=model,
+        params=_assignments(param or []),
+        seed=seed,
+        max_rows=max_rows,
+        no_report=no_report,
         as_json=as_json,
     )
 
@@ -210,15 +383,27 @@ def methods(
 
 def _print_designs(as_json: bool) -> None:
     from bakeoff.embedding.problem import default_designs
+    from bakeoff.selection.problem import annotation_designs, training_designs
+    from bakeoff.study import Designs
 
-    chosen = default_designs()
+    by_family = {
+        "embedding": default_designs(),
+        "selection": annotation_designs() + Designs(training_designs()[1:]),
+    }
     if as_json:
-        _print_json([design.to_json() for design in chosen])
+        listed = [
+            {"family": family, **design.to_json()}
+            for family, designs in by_family.items()
+            for design in designs
+        ]
+        _print_json(listed)
         return
-    width = max(len(design.name) for design in chosen)
-    for design in chosen:
-        shown = ", ".join(f"{key}={value}" for key, value in design.params.items())
-        typer.echo(f"{design.name:<{width}}  {design.method}({shown})")
+    for family, designs in by_family.items():
+        typer.echo(f"{family}:")
+        width = max(len(design.name) for design in designs)
+        for design in designs:
+            shown = ", ".join(f"{key}={value}" for key, value in design.params.items())
+            typer.echo(f"  {design.name:<{width}}  {design.method}({shown})")
 
 
 @app.command()
@@ -316,6 +501,15 @@ def doctor(as_json: Json = False) -> None:
     from bakeoff.cli import doctor as command
 
     command.doctor(as_json=as_json)
+
+
+def _numbers(text: str | None, option: str) -> list[int]:
+    try:
+        return [] if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{option}: expected whole numbers with commas, got {text!r}"
+        ) from None
 
 
 def _assignments(texts: list[str]) -> dict[str, str]:

@@ -5,43 +5,99 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import typer
 
 from bakeoff.errors import DataError
+from bakeoff.study.protocol import Problem
 
 if TYPE_CHECKING:
-    from bakeoff.data.tasks import EmbeddingData
-    from bakeoff.embedding.problem import EmbeddingProblem
-    from bakeoff.study import Designs, Results
+    from rich.console import Console
 
-TaskKind = Literal["pairs", "labelled", "scored"]
-DataSize = Literal["smoke", "demo", "full"]
-Train = Literal["head", "lora", "full"]
-DEMO_BUDGET: dict[str, Any] = {"steps": 40, "batch_size": 16, "max_length": 48}
+    from bakeoff.study import Design, Designs, Results
+
 EXIT_SOME_FAILED = 4
+
+FAMILIES = {"embedding": "run_embedding", "selection": "run_selection"}
+"""Families that can be compared, and the module here that turns options into their contest."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command was told; None where it was not."""
+
+    data: Sequence[Path] = ()
+    target: Path | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    task: Literal["pairs", "labelled", "scored"] | None = None
+    size: Literal["smoke", "demo", "full"] = "demo"
+    max_texts: int | None = None
+    base: str | None = None
+    embedder: str | None = None
+    selector_model: str | None = None
+    designs: str | None = None
+    train: Literal["head", "lora", "full"] | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    max_length: int | None = None
+    budgets: Sequence[int] = ()
+    learners: Sequence[str] = ()
+    number: int | None = None
+
+
+class ContestProblem(Problem, Protocol):
+    """A problem that the command can run: it checks designs beforehand and saves a winner."""
+
+    def check(self, design: Design) -> None:
+        """Raise `DataError` if a design cannot run here."""
+
+    def export(
+        self, design: Design, artifact: Path, destination: Path, *, reason: str = ""
+    ) -> bool:
+        """Save what a trial fitted; return whether it loads without bakeoff."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A problem with the designs to run on it.
+
+    Parameters
+    ----------
+    problem
+        Of the family.
+    known
+        All designs that have names here; a reference may be any of them.
+    chosen
+        Those to run.
+    simplest
+        Names of designs to compare with, the first that is chosen.
+    name
+        Of the study.
+    usage
+        From the winner's folder, and whether it loads anywhere, to lines that use it.
+    """
+
+    problem: ContestProblem
+    known: Designs
+    chosen: Designs
+    simplest: Sequence[str]
+    name: str
+    usage: Callable[[Path, bool], list[str]]
 
 
 def run(
     family: str,
+    options: Options,
     *,
-    data: Sequence[Path],
-    columns: Mapping[str, str],
-    task: TaskKind | None,
-    size: DataSize,
-    max_texts: int | None,
-    base: str,
-    designs: str | None,
     reference: str | None,
     seeds: int,
-    train: Train,
-    steps: int | None,
-    batch_size: int | None,
-    learning_rate: float | None,
-    max_length: int | None,
     out: Path | None,
     workers: int,
     engine: str,
@@ -51,37 +107,16 @@ def run(
     """Run a study, save its winner, print the verdict table; see the command's help."""
     from rich.console import Console
 
-    from bakeoff.embedding.problem import EmbeddingProblem, default_designs
     from bakeoff.study import Study
     from bakeoff.study.terminal import LiveProgress
 
+    if family not in FAMILIES:
+        raise typer.BadParameter(f"there is {', '.join(FAMILIES)}; got {family!r}")
     console = Console(stderr=as_json)
-    chosen = choose_designs(default_designs(), designs)
-    console.print("reading data", style="dim")
-    contents = _read(data, columns, task, size, max_texts)
-    for note in contents.notes if data else ():  # the default data's are in the report
-        console.print(f"  {note}", style="dim", highlight=False)
-    given = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "max_length": max_length,
-        "learning_rate": learning_rate,
-    }
-    problem = EmbeddingProblem(
-        contents,
-        base,
-        train=train,
-        **{
-            **({} if data else DEMO_BUDGET),
-            **{name: value for name, value in given.items() if value is not None},
-        },
-    )
-    console.print(f"loading base model {base}", style="dim", highlight=False)
-    known = default_designs(problem.attentions)
-    if designs is None:
-        chosen = _runnable(known, problem, console)
-    reference = reference or _default_reference(chosen)
-    chosen = _with_reference(chosen, known, reference)
+    contest = import_module(f"bakeoff.cli.{FAMILIES[family]}").contest(options, console)
+    problem = contest.problem
+    reference = reference or _default_reference(contest)
+    chosen = _with_reference(contest.chosen, contest.known, reference)
     for design in chosen:
         problem.check(design)
     directory = out or Path("bakeoff-runs") / f"{family}-{problem.fingerprint()[:8]}"
@@ -95,11 +130,11 @@ def run(
         workers=workers,
         engine=engine,
         command=shlex.join(["bakeoff", *sys.argv[1:]]),
-        name=contents.name,
+        name=contest.name,
     )
     with LiveProgress(console=console) as progress:
         results = study.run(progress)
-    winner = _save_winner(problem, chosen, results, console)
+    winner = _save_winner(contest, chosen, results, console)
     if as_json:
         typer.echo(json.dumps(results.data, indent=1, ensure_ascii=False, allow_nan=False))
     else:
@@ -111,6 +146,24 @@ def run(
             console.print(f"winner:  {winner}", highlight=False, soft_wrap=True)
     if results.data["failures"]:
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def refuse(options: Options, unused: Sequence[str], why: str) -> None:
+    """Raise `DataError` for options that were given though they would change nothing.
+
+    Parameters
+    ----------
+    options
+        What the command was told.
+    unused
+        Fields of it.
+    why
+        What follows the options' names in the message.
+    """
+    names = {"learners": "learner"}
+    given = [f"--{names.get(n, n).replace('_', '-')}" for n in unused if getattr(options, n)]
+    if given:
+        raise DataError(f"{' and '.join(given)} {why}")
 
 
 def report(directory: Path, *, as_json: bool) -> None:
@@ -169,41 +222,29 @@ def choose_designs(known: Designs, names: str | None) -> Designs:
     return Designs(found)
 
 
-def _read(
-    data: Sequence[Path],
-    columns: Mapping[str, str],
-    task: TaskKind | None,
-    size: DataSize,
-    max_texts: int | None,
-) -> EmbeddingData:
-    from bakeoff.data import embedded_default, embedding_data
-
-    if data:
-        return embedding_data(list(data), columns=columns or None, task=task, max_texts=max_texts)
-    return embedded_default(size)
-
-
-def _runnable(known: Designs, problem: EmbeddingProblem, console: Any) -> Designs:
+def runnable(known: Designs, problem: ContestProblem, console: Console) -> Designs:
     """Return the designs that this problem can run, and say which are left out and why."""
     from bakeoff.study import Designs
 
-    kept, reasons = [], {}
+    kept: list[Design] = []
+    left_out: dict[str, list[str]] = {}
     for design in known:
         try:
             problem.check(design)
             kept.append(design)
         except DataError as error:
-            reasons[design.name] = str(error)
-    if reasons:
-        console.print(f"left out: {'; '.join(reasons)}", highlight=False)
-        console.print(f"  because {next(iter(reasons.values()))}", highlight=False)
+            # Messages begin with the design's own name; what follows several may share.
+            reason = str(error).removeprefix(f"design {design.name!r}").lstrip(": ")
+            left_out.setdefault(reason, []).append(design.name)
+    for reason, names in left_out.items():
+        console.print(f"left out: {'; '.join(names)}", highlight=False)
+        console.print(f"  because: {reason}", highlight=False)
     return Designs(kept)
 
 
-def _default_reference(chosen: Designs) -> str:
-    names = [design.name for design in chosen]
-    simplest = ("mean, causal", "mean, bidirectional", names[0])
-    return next(name for name in simplest if name in names)
+def _default_reference(contest: Contest) -> str:
+    names = [design.name for design in contest.chosen]
+    return next(name for name in (*contest.simplest, names[0]) if name in names)
 
 
 def _with_reference(chosen: Designs, known: Designs, reference: str) -> Designs:
@@ -222,7 +263,7 @@ def _with_reference(chosen: Designs, known: Designs, reference: str) -> Designs:
 
 
 def _save_winner(
-    problem: EmbeddingProblem, chosen: Designs, results: Results, console: Any
+    contest: Contest, chosen: Designs, results: Results, console: Console
 ) -> Path | None:
     artifact = results.winner_artifact
     if results.winner is None or artifact is None:
@@ -232,12 +273,9 @@ def _save_winner(
     console.print("saving the winner", style="dim")
     destination = results.directory / "winner"
     design = next(design for design in chosen if design.name == results.winner)
-    stock = problem.export(design, artifact, destination, reason=results.data["winner"]["reason"])
-    argument = "" if stock else ", trust_remote_code=True"
+    reason = results.data["winner"]["reason"]
+    loads_anywhere = contest.problem.export(design, artifact, destination, reason=reason)
     results.data["winner"]["artifact"] = "winner"
-    results.data["problem"]["description"]["usage"] = [
-        "from sentence_transformers import SentenceTransformer",
-        f'vectors = SentenceTransformer("{destination}"{argument}).encode(["your text"])',
-    ]
+    results.data["problem"]["description"]["usage"] = contest.usage(destination, loads_anywhere)
     save_results(results)
     return destination

@@ -74,6 +74,9 @@ _USUAL_NAMES = {
     "score": ("score", "scores", "similarity", "similarity_score", "sim", "gold", "relatedness"),
 }
 
+NO_PAIRS = "There are no training pairs in these files: only designs without training run."
+"""A note that concerns embedding alone."""
+
 # What people call the two texts of a scored pair when they name the columns themselves.
 _ROLE_ALIASES = {"text_a": "text", "text_b": "positive"}
 
@@ -162,9 +165,7 @@ def embedding_data(
             "theirs out for testing."
         )
     if not train:
-        notes.append(
-            "There are no training pairs in these files: only designs without training run."
-        )
+        notes.append(NO_PAIRS)
     return EmbeddingData(name or ", ".join(names), train, tasks, tuple(notes))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bakeoff._files import atomic_path
-from bakeoff.data.formats import Row, split_roles, count, iterate_rows, listed
+from bakeoff.data.formats import Row, count, iterate_rows, listed, split_roles
 from bakeoff.data.samples import Sample
 from bakeoff.errors import DataError
 
