@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from bakeoff.decoding.deferral_curve import (
     choose_threshold,
@@ -151,6 +152,19 @@ def test_the_intervals_cover_and_agree_with_the_bootstrap(versus):
     assert resampled.value == exact.value
     assert resampled.low == pytest.approx(exact.low, abs=0.1 * (exact.high - exact.low))
     assert resampled.high == pytest.approx(exact.high, abs=0.1 * (exact.high - exact.low))
+
+
+@pytest.mark.parametrize("levels", [None, 3])
+def test_the_width_is_that_of_the_gradient_over_all_pairs(levels):
+    scores, small, large = sample(4, n=40, levels=levels)
+    # The area is the mean over pairs (i, j) of q_small[i] + gap[i] * [j is below i].
+    below = np.sign(scores[:, None] - scores[None, :]) / 2 + 0.5
+    pairs = small[:, None] + (large - small)[:, None] * below
+    found = deferral_auc(scores, small, large)
+    assert found.value == pytest.approx(pairs.mean())
+    influence = pairs.mean(axis=1) + pairs.mean(axis=0)
+    half = stats.t.ppf(0.975, 39) * influence.std(ddof=1) / math.sqrt(40)
+    assert (found.high - found.value, found.value - found.low) == pytest.approx((half, half))
 
 
 def test_the_bootstrap_is_that_of_resampled_data():
