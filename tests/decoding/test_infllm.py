@@ -12,7 +12,6 @@ import torch
 from tests.decoding.test_block_memory import brute_force, files_no_larger_than, rotary
 from tests.models import tiny
 
-from bakeoff.decoding import infllm
 from bakeoff.decoding.block_memory import BlockStore, LayerMemory, MemorySettings
 from bakeoff.decoding.infllm import InfLLMCache, patch, unpatch
 from bakeoff.errors import CacheError, DataError, ModelError, StoreError

@@ -13,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +26,7 @@ from bakeoff.data import splits
 from bakeoff.data.samples import Sample, TrainingPool
 from bakeoff.data.tasks import ClassificationTask
 from bakeoff.errors import DataError
+from bakeoff.models.shared import SharedModels
 from bakeoff.selection.annotation import (
     ConfidenceOf,
     LabelledPool,
@@ -51,6 +50,7 @@ from bakeoff.selection.staged_training import (
 )
 from bakeoff.selection.winner import save_picks
 from bakeoff.study import Design, Designs, Metric, Trial, Work
+from bakeoff.study.measure import warnings_noted
 
 if TYPE_CHECKING:
     from bakeoff.models import LanguageModel, TextEncoder
@@ -137,23 +137,13 @@ def _pool_size(task: ClassificationTask) -> int:
     return min(_LARGEST_POOL, max(1, round(_POOL_SHARE * len(task.train_texts))))
 
 
-class _Loaded:
+class _Loaded(SharedModels):
     """Models and vectors that trials share in one process; left behind when pickled."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.vectors: dict[str, dict[str, NDArray[np.float32]]] = {}
-        self.language_models: dict[str, LanguageModel] = {}
         self.picks: dict[tuple[Design, int], tuple[NDArray[np.int64], float]] = {}
-
-    def __reduce__(self) -> tuple[type[_Loaded], tuple[()]]:
-        return (_Loaded, ())
-
-    def language_model(self, name: str) -> LanguageModel:
-        if name not in self.language_models:
-            from bakeoff.models import load_language_model
-
-            self.language_models[name] = load_language_model(name)
-        return self.language_models[name]
 
     def encoded(
         self, texts: Sequence[str], encoder: TextEncoder, progress: Counting | None
@@ -352,7 +342,7 @@ class AnnotationProblem:
     def run(self, design: Design, seed: int, work: Work) -> Trial:
         """Pick with one design from each data set's pool and score every budget."""
         self.check(design)
-        with _warnings_noted() as warned:
+        with warnings_noted() as warned:
             trial = self._run(design, seed, work)
         return replace(trial, notes=(*trial.notes, *dict.fromkeys(warned)))
 
@@ -706,7 +696,7 @@ class TrainingProblem:
     def run(self, design: Design, seed: int, work: Work) -> Trial:
         """Pick with one design from every pool; train and test on each."""
         self.check(design)
-        with _warnings_noted() as warned:
+        with warnings_noted() as warned:
             trial = self._run(design, seed, work)
         return replace(trial, notes=(*trial.notes, *dict.fromkeys(warned)))
 
@@ -972,13 +962,3 @@ def _counting(progress: Callable[[float, str], None], message: str) -> Counting:
         progress(done / max(total, 1), message)
 
     return report
-
-
-@contextmanager
-def _warnings_noted() -> Iterator[list[str]]:
-    """Collect what selectors warn of, for the report, instead of printing it."""
-    notes: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield notes
-        notes += [str(each.message) for each in caught if each.category is UserWarning]

@@ -1,4 +1,4 @@
-"""Wall time and peak memory of a stretch of work in this process."""
+"""What a stretch of work in this process took and warned of."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import re
 import threading
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -81,3 +84,26 @@ class _Sampler:
             self._sample()
             if self._done.wait(_SAMPLE_SECONDS):
                 return
+
+
+@contextmanager
+def warnings_noted() -> Iterator[list[str]]:
+    """Collect what a trial warns of, for its notes in the report, instead of printing it.
+
+    Yields
+    ------
+    list of str
+        Filled when the block ends: the messages of all `UserWarning`, in order.
+
+    Examples
+    --------
+    >>> with warnings_noted() as notes:
+    ...     warnings.warn("one text was cut", stacklevel=1)
+    >>> notes
+    ['one text was cut']
+    """
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield notes
+        notes += [str(each.message) for each in caught if each.category is UserWarning]

@@ -1,0 +1,99 @@
+"""What the problems of this family share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bakeoff.errors import DataError
+from bakeoff.study import Design
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TokenClock:
+    """A logits processor that notes when each token's logits were ready; changes nothing.
+
+    Pass it in ``logits_processor=[clock]`` of any ``generate``.
+
+    Parameters
+    ----------
+    started
+        When the work began, as `time.perf_counter` says; now if None.
+
+    Attributes
+    ----------
+    seconds_to_first_token : float
+        From the start to the first logits; NaN before.
+    n_steps : int
+        Calls so far: tokens of the longest sequence in the batch.
+
+    Examples
+    --------
+    >>> clock = TokenClock()
+    >>> clock(None, "logits"), clock.n_steps, clock.seconds_to_first_token < 1
+    ('logits', 1, True)
+    """
+
+    def __init__(self, started: float | None = None) -> None:
+        self.started = time.perf_counter() if started is None else started
+        self.seconds_to_first_token = float("nan")
+        self.n_steps = 0
+
+    def __call__(self, input_ids: Tensor | None, scores: Any) -> Any:
+        """Note the time, return `scores`."""
+        if not self.n_steps:
+            self.seconds_to_first_token = time.perf_counter() - self.started
+        self.n_steps += 1
+        return scores
+
+
+def check_parameters(design: Design, accepted: Collection[str]) -> None:
+    """Raise `DataError` if a design has a parameter that its method does not take."""
+    unknown = sorted(set(design.params) - set(accepted))
+    if unknown:
+        raise DataError(
+            f"design {design.name!r}: {design.method} takes "
+            f"{', '.join(accepted) or 'no parameters'}; got {', '.join(unknown)}"
+        )
+
+
+def check_method(design: Design, known: Collection[str], question: str) -> None:
+    """Raise `DataError` if a design's method is none of those that answer the question."""
+    if design.method not in known:
+        raise DataError(
+            f"design {design.name!r}: {design.method} does not say {question}; there are: "
+            f"{', '.join(known)}"
+        )
+
+
+def counting(
+    progress: Callable[[float, str], None], message: str, part: tuple[float, float] = (0.0, 1.0)
+) -> Callable[[int, int], None]:
+    """Return a callback of (done, total) that reports to a trial's progress.
+
+    Parameters
+    ----------
+    progress
+        Of `bakeoff.study.Work`.
+    message
+        What is being done.
+    part
+        Where this stretch begins and ends, as fractions of the trial.
+    """
+
+    def report(done: int, total: int) -> None:
+        first, last = part
+        progress(first + (last - first) * done / max(total, 1), message)
+
+    return report
+
+
+def check_prompts(prompts: Sequence[Any], least: int, question: str) -> None:
+    """Raise `DataError` if there are fewer prompts than a comparison needs."""
+    if len(prompts) < least:
+        raise DataError(
+            f"prompts must hold at least {least} to compare {question}, got {len(prompts)}"
+        )
