@@ -355,6 +355,124 @@ def select(
 
 
 @app.command()
+def generate(
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What to answer. Repeatable.")
+    ] = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompts",
+            help="File of prompts (JSONL, CSV, Parquet), with options, passages or documents in "
+            "columns of their own. Repeatable.",
+        ),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="Which column is which, e.g. prompt=question. Repeatable."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="How; a wrong name lists all. Default: greedy."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Packaged name, folder, .gguf file or hub id. Default: smollm2-135m.",
+        ),
+    ] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option("--from", help="A winner's folder: its method, model and settings."),
+    ] = None,
+    grammar: Annotated[
+        str | None,
+        typer.Option(
+            "--grammar",
+            help="File (.json schema, .lark, .gbnf, .regex), regex:PATTERN or choice:ONE|OTHER.",
+        ),
+    ] = None,
+    trie: Annotated[
+        Path | None,
+        typer.Option(
+            "--trie",
+            help="What samples taught so far (.safetensors); read if it is there, then written.",
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="An answer to choose from. Repeatable."),
+    ] = None,
+    passage: Annotated[
+        list[str] | None,
+        typer.Option("--passage", help="A text to answer with the help of. Repeatable."),
+    ] = None,
+    document: Annotated[
+        Path | None, typer.Option("--document", help="A text file that is read first.")
+    ] = None,
+    large: Annotated[
+        str | None, typer.Option("--large", help="cascade: the model that is asked when needed.")
+    ] = None,
+    number: Annotated[
+        int, typer.Option("--number", "-n", min=1, help="Answers per prompt, where they differ.")
+    ] = 1,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Of what is drawn at random.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Least probability kept.")] = 1.0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are messages in the model's chat template.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn at random.")] = 0,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", help="NAME=VALUE for the method, e.g. topk=8. Repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the answers here (.jsonl).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts with a decoding method; answers go to standard output.
+
+    Example: bakeoff generate --method asap --grammar regex:[0-9]{4} -p "In the year" -n 5
+    """
+    from bakeoff.cli import generate as command
+
+    command.generate(
+        method=method,
+        model=model,
+        prompts=prompt or [],
+        prompts_file=prompts or [],
+        columns=_assignments(column or []),
+        document=document,
+        options=option or [],
+        passages=passage or [],
+        grammar=grammar,
+        trie=trie,
+        large=large,
+        settings=settings,
+        params=_assignments(param or []),
+        how={
+            "max_new_tokens": max_new_tokens,
+            "n_samples": number,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "chat": chat,
+            "seed": seed,
+        },
+        out=out,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def methods(
     designs: Annotated[
         bool, typer.Option("--designs", help="List the designs that `bakeoff run` knows by name.")

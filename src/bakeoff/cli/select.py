@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import bakeoff
+from bakeoff.cli.values import json_or_text
 from bakeoff.errors import BakeoffError, DataError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def select(
         raise DataError(
             f"several --queries are several tasks, which {method} cannot tell apart: give one file"
         )
-    values = {name: _json_or_text(text) for name, text in params.items()}
+    values = {name: json_or_text(text) for name, text in params.items()}
     kind.build(n_select=number, seed=seed, **values)  # refuses an unknown parameter at once
     _check_output(out, data)
     named = {**columns, **({} if text_column is None else {"text": text_column})}
@@ -167,13 +168,6 @@ def _check_needs(
             raise DataError(f"{option} makes no difference to {method}; leave it out")
     if model is not None and not (kind.uses_model or kind.reads == "states"):
         raise DataError(f"--model makes no difference to {method}, which uses none; leave it out")
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def _check_output(out: Path, data: Sequence[Path]) -> None:

@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bakeoff.decoding.token_clock import TokenClock
 from bakeoff.errors import DataError
 from bakeoff.study import Design
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class TokenClock:
-    """A logits processor that notes when each token's logits were ready; changes nothing.
-
-    Pass it in ``logits_processor=[clock]`` of any ``generate``.
-
-    Parameters
-    ----------
-    started
-        When the work began, as `time.perf_counter` says; now if None.
-
-    Attributes
-    ----------
-    seconds_to_first_token : float
-        From the start to the first logits; NaN before.
-    n_steps : int
-        Calls so far: tokens of the longest sequence in the batch.
-
-    Examples
-    --------
-    >>> clock = TokenClock()
-    >>> clock(None, "logits"), clock.n_steps, clock.seconds_to_first_token < 1
-    ('logits', 1, True)
-    """
-
-    def __init__(self, started: float | None = None) -> None:
-        self.started = time.perf_counter() if started is None else started
-        self.seconds_to_first_token = float("nan")
-        self.n_steps = 0
-
-    def __call__(self, input_ids: Tensor | None, scores: Any) -> Any:
-        """Note the time, return `scores`."""
-        if not self.n_steps:
-            self.seconds_to_first_token = time.perf_counter() - self.started
-        self.n_steps += 1
-        return scores
+__all__ = ["TokenClock", "check_method", "check_parameters", "check_prompts", "counting"]
 
 
 def check_parameters(design: Design, accepted: Collection[str]) -> None:
