@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from bakeoff.decoding.deferral_curve import cost_saved, deferral_auc, deferral_curve
+from bakeoff.decoding.deferral_curves import cost_saved, deferral_auc, deferral_curve
 from bakeoff.decoding.deferral_rules import (
     ChowAverage,
     ChowSum,

@@ -159,11 +159,18 @@ def test_methods_lists_both_published_methods():
 def test_every_declared_name_can_be_imported_and_every_design_run():
     import importlib
 
+    from bakeoff import decoding
     from bakeoff.selection.problem import annotation_designs, training_designs
 
+    questions = ("order", "memory", "constrained", "cascade", "infilling")
     runs = {
         "embedding": {design.method for design in default_designs()},
         "selection": {design.method for design in (*annotation_designs(), *training_designs())},
+        "decoding": {
+            design.method
+            for question in questions
+            for design in getattr(decoding, f"{question}_designs")()
+        },
     }
     for method in json.loads(invoke("methods", "--json").stdout):
         family = importlib.import_module(f"bakeoff.{method['family']}")
@@ -174,7 +181,18 @@ def test_every_declared_name_can_be_imported_and_every_design_run():
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "select", "methods", "claim", "claims", "pull", "report", "export", "doctor"],
+    [
+        "run",
+        "generate",
+        "select",
+        "methods",
+        "claim",
+        "claims",
+        "pull",
+        "report",
+        "export",
+        "doctor",
+    ],
 )
 def test_every_command_has_help_with_an_example_and_json(command):
     text = invoke(command, "--help").output

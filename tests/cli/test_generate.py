@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from tests.decoding.tiny_decoder import save_decoder
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from bakeoff.cli.generate import read_grammar
 from bakeoff.cli.main import app
+from bakeoff.decoding.grammar import Grammar
 from bakeoff.decoding.winner import Settings, load_settings, save_settings
 from bakeoff.errors import DataError
 
@@ -83,6 +85,20 @@ def test_a_winner_is_taken_up(model, tmp_path):
     other = invoke("--from", tmp_path / "w", "--method", "greedy", "-p", "one")
     assert other.exit_code == 3
     assert "holds infllm" in other.output
+    constrained = Settings(
+        "asap after 10",
+        "asap",
+        {"burn_in": 2},
+        str(model),
+        {"max_new_tokens": 8, "prompts": [{"grammar": asdict(Grammar.choice(["yes", "no"]))}]},
+    )
+    save_settings(tmp_path / "g", constrained, usage=[])
+    done = invoke("--from", tmp_path / "g", "-p", "one")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() in ("yes", "no")
+    other = Settings("resampling", "importance", {}, str(model), {})
+    save_settings(tmp_path / "i", other, usage=[])
+    assert "does not run" in invoke("--from", tmp_path / "i", "-p", "one").output
     (tmp_path / "w/decoder.json").write_text("{}")
     assert "holds no decoding settings" in invoke("--from", tmp_path / "w", "-p", "a").output
 

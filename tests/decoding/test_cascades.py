@@ -23,7 +23,7 @@ from bakeoff.decoding.cascades import (
     exact_match,
     load_rule,
 )
-from bakeoff.decoding.deferral_curve import deferral_auc, deferral_curve
+from bakeoff.decoding.deferral_curves import deferral_auc, deferral_curve
 from bakeoff.errors import DataError
 from bakeoff.models.loading import LanguageModel
 

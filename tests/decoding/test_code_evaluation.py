@@ -19,6 +19,8 @@ from bakeoff.decoding.code_evaluation import (
     compiles,
     evaluate_infilling,
     infill_problems,
+    python_functions,
+    several_holes,
     standard_library_functions,
     training_texts,
     verified_problems,
@@ -307,6 +309,49 @@ def test_training_texts_hold_no_copy_of_what_is_held_out():
     assert not any(shared & runs(text, 24) for text in texts[::50])
     assert copied.source not in texts
     assert copied.source in training_texts(["statistics"])
+
+
+def test_several_holes_have_a_line_between_them():
+    functions = standard_library_functions(["heapq", "fractions"])
+    made = several_holes(functions, n_holes=3, seed=1)
+    assert 10 < len(made) < len(functions)
+    for text in made:
+        assert len(text.middles) == 3
+        source = text.function.source
+        mended = "".join(a + b for a, b in zip(text.parts, [*text.middles, ""], strict=True))
+        assert mended == source
+        for middle, part in zip(text.middles, text.parts[1:-1], strict=False):
+            assert middle.startswith("\n")
+            assert middle.strip()
+            assert not middle.lstrip().startswith("#")
+            assert part.strip()
+        assert text.spans[0][0] >= text.function.body - 1
+    alone = several_holes(functions[4:5], n_holes=3, seed=1)
+    assert set(alone) <= set(made)
+    assert made != several_holes(functions, n_holes=3, seed=2)
+    with pytest.raises(DataError, match="n_holes must be at least 1"):
+        several_holes(functions, n_holes=0)
+
+
+def test_every_choice_of_lines_apart_is_made():
+    source = "def f():\n" + "".join(f"    x{n} = {n}\n" for n in range(5))
+    function = written(source, "    x0")
+    seen = {
+        tuple(int(middle.split()[-1]) for middle in several_holes([function], seed=seed)[0].middles)
+        for seed in range(60)
+    }
+    assert seen == {(a, b) for a in range(5) for b in range(a + 2, 5)}
+
+
+def test_functions_of_any_text():
+    module = (
+        "import os\n\n\ndef f(x):\n    return x\n\n\nclass A:\n    def g(self):\n        pass\n"
+    )
+    assert [f.name for f in python_functions(module)] == ["f", "A.g"]
+    [method] = python_functions("    def g(self):\n        return 1\n", module="m")
+    assert (method.source, method.module) == ("    def g(self):\n        return 1\n", "m")
+    for text in ("It was a dark night.\n", "x = 1\n", "\0", "(" * 10_000, ""):
+        assert python_functions(text) == ()
 
 
 # The evaluation -----------------------------------------------------------------------------------

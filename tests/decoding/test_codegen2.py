@@ -432,6 +432,44 @@ def test_a_padded_vocabulary_does_not_shrink():
     assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) + 100 - 8
 
 
+def test_a_model_grows_for_tokens_that_its_tokenizer_has_already():
+    tokenizer = byte_tokenizer()
+    old = len(tokenizer)
+    model = decoder(vocab_size=old)
+    before = model.get_input_embeddings().weight.detach().clone()
+    tokens = add_infill_tokens(tokenizer, max_sentinels=3)  # the tokenizer alone
+    assert add_infill_tokens(tokenizer, model, max_sentinels=3) == tokens
+    after = model.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(after[:old], before)
+    torch.testing.assert_close(after[old:], before.mean(0).expand(8, -1))
+
+
+def test_added_tokens_that_are_text_are_text():
+    """Code models have runs of spaces as added tokens: no sentinels, and no reason to refuse."""
+    from tokenizers import AddedToken
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("    ", special=False, normalized=False)])
+    add_infill_tokens(tokenizer)
+    text = "def f(x):\n    return x\n"
+    [row] = pack(tokenizer, [text], 99, keep_rest=True)
+    assert tokenizer.convert_tokens_to_ids("    ") in row
+    assert tokenizer.decode(row[:-1], clean_up_tokenization_spaces=False) == text
+    with pytest.raises(DataError, match="spells out the special token '<eom>'"):
+        pack(tokenizer, ["a<eom>"], 99)
+
+
+def test_a_batch_without_any_loss_changes_nothing_but_by_decay():
+    """The mean over no token would be NaN, and so would be the decoder."""
+    model = decoder()
+    before = [p.detach().clone() for p in model.parameters()]
+    objective = SpanCorruption(TOKENS, p_causal=0, loss="targets")
+    history = train_decoder(model, objective, [[EOT, EOT]] * 4, steps=2, weight_decay=0.0)
+    assert history.losses == [0.0, 0.0]
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
 def test_packing():
     tokenizer = byte_tokenizer()
     add_infill_tokens(tokenizer)

@@ -126,6 +126,7 @@ OPTIONS = ("cat", "mat", "three")
     ("method", "component", "params"),
     [
         ("plain-order", PlainOrderModel, {}),
+        ("sorted-order", PlainOrderModel, {}),
         ("set-based", SetPromptingModel, {}),
         ("set-based", SetPromptingModel, {"edit_mask": False}),
         ("permute-and-vote", OrderEnsembleModel, {"n_orders": 4}),
@@ -136,7 +137,9 @@ def test_order_methods_choose_as_their_component(model, method, component, param
     extra = {"aggregate": "mean"} if method == "average-over-orders" else {}
     reader = component(model, **params, **extra)
     asked = SetPrompt.from_options("which sat?", OPTIONS)
-    scores = reader.score([asked], [[f" {option}" for option in OPTIONS]])[0]
+    in_order = {"canonical_order": True} if method == "sorted-order" else {}
+    choices = [f' "{option}"' for option in OPTIONS]
+    scores = reader.score([asked], [choices], **in_order)[0]
     prompt = Prompt("which sat?", options=OPTIONS)
     ((answer,),) = generate(method, model, [prompt], HOW, params=params)
     assert answer.text == OPTIONS[int(np.argmax(scores))]
@@ -171,6 +174,28 @@ def test_infllm_within_its_window_is_greedy(model):
         assert mine.text == theirs.text
     assert found[0][0].facts["memory"]["tokens"] > 0
     assert model.model.config._attn_implementation != "infllm"
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("full-attention", {}),
+        ("streaming", {"budget": 64}),
+        ("truncate-middle", {"budget": 64}),
+        ("keep-end", {"budget": 64}),
+        ("retrieve", {"budget": 64}),
+    ],
+)
+def test_readers_of_documents_within_their_budget_are_greedy(model, method, params):
+    prompt = Prompt("two", document="one two three")
+    # Without a template readers put "Answer:" behind the question, where greedy puts nothing.
+    chat = Generation(max_new_tokens=6, chat=True)
+    ((mine,),) = generate(method, model, [prompt], chat, params=params)
+    ((plainly,),) = generate("greedy", model, [prompt], chat)
+    assert mine.text == plainly.text
+    assert mine.facts["tokens_read"] == mine.facts["document_tokens"]
+    with pytest.raises(DataError, match=f"{method} needs a document"):
+        generate(method, model, [Prompt("two")], HOW, params=params)
 
 
 def test_a_cascade_says_who_answered(model, tmp_path):

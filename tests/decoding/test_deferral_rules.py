@@ -16,7 +16,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from bakeoff.decoding import deferral_rules
-from bakeoff.decoding.deferral_curve import deferral_auc, deferral_curve
+from bakeoff.decoding.deferral_curves import deferral_auc, deferral_curve
 from bakeoff.decoding.deferral_mlp import DeferralMLP
 from bakeoff.decoding.deferral_rules import (
     ChowAverage,

@@ -28,6 +28,7 @@ from bakeoff.decoding.infilling import (
     infill,
     infill_batch,
     infill_holes,
+    infill_holes_losses,
     infill_losses,
     infill_prompt,
 )
@@ -230,6 +231,119 @@ def test_several_holes_are_filled_in_order_as_in_training():
         infill_holes(Scripted(script, context=20), TOKENIZER, parts, max_new_tokens=10)
 
 
+@pytest.mark.parametrize("layout", ["psm", "spm", "left-to-right"])
+def test_layouts_of_one_hole_fill_several_one_after_the_other(layout):
+    model = language_model()
+    parts = ["def ", "(x", ":\n    return ", "\n"]
+    fills = infill_holes(model, TOKENIZER, parts, layout=layout, max_new_tokens=5)
+    before = parts[0]
+    for number, fill in enumerate(fills):
+        after = "".join(parts[number + 1 :])
+        alone = infill(model, TOKENIZER, before, after, 5, layout=layout)
+        # The tokens written are kept as they are, which need not be how their text is split.
+        if plain_ids(TOKENIZER, before) == [
+            token
+            for part, done in zip(parts, [*fills[:number], None], strict=False)
+            for token in [*plain_ids(TOKENIZER, part), *(done.ids if done else ())]
+        ]:
+            assert alone.ids == fill.ids
+        before += fill.text + parts[number + 1]
+    assert len(fills) == 3
+    assert fills[0] == infill(model, TOKENIZER, "def ", "".join(parts[1:]), 5, layout=layout)
+
+
+def test_one_of_several_holes_is_one_hole():
+    model = language_model()
+    triples = [("def f(", "x", "):"), ("def ", "f(x):\n    ret", "urn x")]
+    texts = [((prefix, suffix), (middle,)) for prefix, middle, suffix in triples]
+    for layout in LAYOUTS:
+        for attention in ["causal"] + ["prefix"] * (layout in ("codegen2", "left-to-right")):
+            options = {"layout": layout, "attention": attention}
+            one = infill_losses(model, TOKENIZER, triples, **options)
+            several = infill_holes_losses(model, TOKENIZER, texts, **options)
+            np.testing.assert_allclose(several.sums, one.sums, rtol=1e-5)
+            assert several.n_tokens.tolist() == one.n_tokens.tolist()
+    prefix, _, suffix = triples[0]
+    fill = infill(model, TOKENIZER, prefix, suffix, 6, attention="prefix")
+    assert infill_holes(
+        model, TOKENIZER, [prefix, suffix], max_new_tokens=6, attention="prefix"
+    ) == [fill]
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+def test_losses_of_several_holes_follow_the_training_layout(attention):
+    """One pass over the sequence that training would write gives the same losses."""
+    from bakeoff.decoding.codegen2 import prefix_lm_mask
+
+    model = language_model()
+    parts, middles = ("def ", "(x", ":\n    return ", "\n"), ("f", ", y)", "x + 1")
+    pieces = [plain_ids(TOKENIZER, part) for part in parts]
+    fills = [plain_ids(TOKENIZER, middle) for middle in middles]
+    whole, spans = list(pieces[0]), []
+    for fill, piece in zip(fills, pieces[1:], strict=True):
+        spans.append((len(whole), len(whole) + len(fill)))
+        whole += [*fill, *piece]
+    written = corrupt_spans(whole, spans, TOKENS)
+    at = written.index(TOKENS.separator) + 1
+    segments = torch.tensor([[int(place < at) for place in range(len(written))]])
+    mask = prefix_lm_mask(segments if attention == "prefix" else torch.zeros_like(segments))
+    with torch.no_grad():
+        table = model(torch.tensor([written]), attention_mask=mask).logits[0].double()
+    table = table.log_softmax(-1)
+    control = TOKENS.control
+    inside = [place for place in range(at, len(written)) if written[place] not in control]
+    expected = -sum(table[place - 1, written[place]].item() for place in inside)
+    found = infill_holes_losses(model, TOKENIZER, [(parts, middles)], attention=attention)
+    assert found.sums[0] == pytest.approx(expected, rel=1e-5)
+    assert found.n_tokens[0] == sum(map(len, fills))
+
+
+def test_long_texts_with_several_holes_lose_what_is_far_from_them():
+    model = language_model()
+    text = (("x + y " * 30, "(x):", " z" * 40), ("f", "return"))
+    room = 40
+    cut = infill_holes_losses(model, TOKENIZER, [text], max_tokens=room)
+    first, between, last = (plain_ids(TOKENIZER, part) for part in text[0])
+    fills = [plain_ids(TOKENIZER, middle) for middle in text[1]]
+    left = room - sum(map(len, fills)) - len(between) - 8
+    n_last = left // 2
+    kept = first[len(first) - (left - n_last) :], last[:n_last]
+    shorter = (tuple(TOKENIZER.decode(ids) for ids in (kept[0], between, kept[1])), text[1])
+    assert [plain_ids(TOKENIZER, part) for part in shorter[0]] == [kept[0], between, kept[1]]
+    whole = infill_holes_losses(model, TOKENIZER, [shorter])
+    assert cut.sums[0] == pytest.approx(whole.sums[0], rel=1e-6)
+    with pytest.raises(DataError, match="text 0: its holes leave no room in 12 tokens"):
+        infill_holes_losses(model, TOKENIZER, [text], max_tokens=12)
+    with pytest.raises(DataError, match="text 0 has 3 parts around 1 middles"):
+        infill_holes_losses(model, TOKENIZER, [(text[0], ("f",))])
+    with pytest.raises(DataError, match="2 texts or more"):
+        infill_holes(model, TOKENIZER, ["x"])
+
+
+def test_a_prefix_decoder_goes_on_from_what_it_read_in_both_directions():
+    from bakeoff.decoding.codegen2 import prefix_lm_mask
+
+    model = language_model()
+    options = {"layout": "left-to-right", "attention": "prefix"}
+    fills = infill_batch(
+        model, TOKENIZER, [("def f(x", ""), ("", "x")], max_new_tokens=5, **options
+    )
+    for prefix, fill in (("def f(x", fills[0]), ("", fills[1])):
+        ids = infill_prompt(TOKENIZER, prefix, "", layout="left-to-right")
+        n_given, n_prompt = len(ids) - 1, len(ids)
+        for _ in range(5):
+            segments = torch.tensor([[int(place < n_given) for place in range(len(ids))]])
+            with torch.no_grad():
+                logits = model(torch.tensor([ids]), attention_mask=prefix_lm_mask(segments)).logits
+            ids.append(int(logits[0, -1].argmax()))
+            if ids[-1] in {TOKENS.eot, *TOKENS.control}:
+                ids.pop()
+                break
+        assert ids[n_prompt:] == list(fill.ids)
+    alone = infill(model, TOKENIZER, "", "x", 5, **options)
+    assert alone.ids == fills[1].ids
+
+
 # Generation ---------------------------------------------------------------------------------------
 
 
@@ -300,7 +414,7 @@ def test_a_prefix_model_reads_the_prompt_in_both_directions():
         table = scores([*prompt, *middle]).log_softmax(-1)
         expected = -sum(table[len(prompt) - 1 + n, token].item() for n, token in enumerate(middle))
         assert losses.sums[row] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(DataError, match="goes with layout='codegen2'"):
+    with pytest.raises(DataError, match="goes with layout='codegen2' or 'left-to-right'"):
         infill(model, TOKENIZER, "a", "b", 5, layout="psm", attention="prefix")
 
 

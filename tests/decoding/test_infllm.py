@@ -775,12 +775,14 @@ def test_the_code_on_the_method_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BAKEOFF_CACHE", str(tmp_path / "cache"))
     page = Path(__file__).parents[2] / "docs/methods/infllm.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    block, study = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     names = {}
     exec(block, names)
     assert names["answer"].shape == (1, 8)
     assert names["memory"].n_tokens == 5000
     assert not names["patched"].is_active
+    exec(study, names)
+    assert "infllm" in [design.name for design in names["study"].designs]
 
 
 # A real model -------------------------------------------------------------------------------------

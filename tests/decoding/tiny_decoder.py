@@ -18,7 +18,7 @@ TEMPLATE = (
 
 def save_decoder(folder: Path, *, seed: int = 0, chat: bool = False, infill: bool = False) -> Path:
     """Write a model and its tokenizer as a transformers folder."""
-    tokenizer = _byte_pair_tokenizer([TEXT] * 20, 300, 512)
+    tokenizer = _byte_pair_tokenizer([TEXT] * 20, 300, 1024)
     if chat:
         tokenizer.chat_template = TEMPLATE
     torch.manual_seed(seed)
@@ -27,7 +27,7 @@ def save_decoder(folder: Path, *, seed: int = 0, chat: bool = False, infill: boo
             vocab_size=len(tokenizer),
             initializer_range=0.2,
             eos_token_id=tokenizer.eos_token_id,
-            max_position_embeddings=512,
+            max_position_embeddings=1024,
         )
     )
     if infill:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,26 +53,31 @@ def generate(
 
     console = Console(stderr=True)
     values: dict[str, Any] = {name: json_or_text(text) for name, text in params.items()}
-    rule: Path | None = None
-    if settings is not None:
-        method, model, grammar, large, rule, values = _from_winner(
-            settings, method, model, grammar, large, values
+    given_how = {name: value for name, value in how.items() if value is not None}
+    winner = _Winner() if settings is None else _from_winner(settings)
+    if None not in (method, winner.method) and method != winner.method:
+        raise DataError(
+            f"--method is {method}, but {settings} holds {winner.method}: leave one out"
         )
-    method = method or "greedy"
+    method = method or winner.method or "greedy"
+    model = model or winner.model or DEFAULT_MODEL
+    large = large or winner.large
+    values = {**winner.params, **values}
+    given_how = {**winner.how, **given_how}
     decoder_kind(method)  # refuses an unknown name at once
     asked = _prompts(prompts, prompts_file, columns, document, options, passages, console)
-    generation = Generation(**how)
-    read = None if grammar is None else read_grammar(grammar)
-    resources = {"grammar": grammar, "trie": trie, "large": large, "rule": rule}
+    generation = Generation(**given_how)
+    read = winner.grammar if grammar is None else read_grammar(grammar)
+    resources = {"grammar": read, "trie": trie, "large": large, "rule": winner.rule}
     given = [name for name, value in resources.items() if value is not None]
     check(method, asked, generation, given=given, params=values)
-    console.print(f"loading {model or DEFAULT_MODEL}", style="dim", highlight=False)
-    loaded = load_language_model(model or DEFAULT_MODEL)
+    console.print(f"loading {model}", style="dim", highlight=False)
+    loaded = load_language_model(model)
     found = Resources(
         grammar=read,
         trie=_trie(trie),
         large=None if large is None else load_language_model(large),
-        rule=rule,
+        rule=winner.rule,
     )
     answers = _answered(answer_all, method, loaded, asked, generation, found, values, console)
     if trie is not None and found.trie is not None:
@@ -191,32 +196,58 @@ def _trie(path: Path | None) -> Any:
     return AlignmentTrie.load(path) if path.exists() else AlignmentTrie()
 
 
-def _from_winner(
-    folder: Path,
-    method: str | None,
-    model: str | None,
-    grammar: str | None,
-    large: str | None,
-    params: dict[str, Any],
-) -> tuple[str, str, str | None, str | None, Path | None, dict[str, Any]]:
-    """Take from a winner's folder what was not given."""
+@dataclass(frozen=True)
+class _Winner:
+    """What a winner's folder settles."""
+
+    method: str | None = None
+    model: str | None = None
+    large: str | None = None
+    rule: Path | None = None
+    grammar: Grammar | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    how: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _from_winner(folder: Path) -> _Winner:
+    from bakeoff.decoding.decoders import DECODERS
     from bakeoff.decoding.winner import load_settings
 
     found = load_settings(folder)
-    if method is not None and method != found.method:
-        raise DataError(f"--method is {method}, but {folder} holds {found.method}: leave one out")
-    name = model or found.model
-    if name.startswith("./"):
-        name = str(folder / name)
-    rule = found.extra.get("rule")
-    return (
-        found.method,
-        name,
-        grammar or found.extra.get("grammar"),
-        large or found.extra.get("large"),
-        None if rule is None else folder / str(rule),
-        {**found.params, **params},
-    )
+
+    def resolved(name: Any) -> str | None:
+        # A model that was trained in the study lies in the winner's folder.
+        return str(folder / name) if isinstance(name, str) and name.startswith("./") else name
+
+    how = {
+        name: found.extra[name]
+        for name in ("max_new_tokens", "chat", "temperature", "top_k", "top_p")
+        if name in found.extra
+    }
+    model = resolved(found.model)
+    if "cascade" in found.extra:
+        rule = folder / str(found.extra["cascade"])
+        large = resolved(found.extra.get("large"))
+        return _Winner("cascade", model, large, rule, how=how)
+    alone = {"small-only": "greedy", "large-only": "greedy", "unconstrained": "sample"}
+    method = alone.get(found.method, found.method)
+    if method not in DECODERS:
+        raise DataError(
+            f"{folder} holds {found.method}, which bakeoff generate does not run; README.md there "
+            "says how to use it"
+        )
+    grammar = _common_grammar(found.extra) if "grammar" in DECODERS[method].needs else None
+    return _Winner(method, model, grammar=grammar, params=found.params, how=how)
+
+
+def _common_grammar(extra: Mapping[str, Any]) -> Grammar | None:
+    """Return the grammar of all prompts of the study, if it was one."""
+    from bakeoff.decoding.grammar import Grammar
+
+    grammars = [row["grammar"] for row in extra.get("prompts", ())]
+    if not grammars or any(grammar != grammars[0] for grammar in grammars):
+        return None
+    return Grammar(**grammars[0])
 
 
 def _show(

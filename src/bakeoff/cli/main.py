@@ -6,14 +6,18 @@ Nothing heavy is imported at module level: `bakeoff --help` answers at once.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 import bakeoff
 from bakeoff.errors import BakeoffError
+
+if TYPE_CHECKING:
+    from bakeoff.study import Design
 
 EXIT_CODES = """
 Exit codes: 0 done; 1 a defect in bakeoff (please report it); 2 wrong arguments;
@@ -74,7 +78,7 @@ def options(
 @app.command()
 def run(
     family: Annotated[
-        str, typer.Argument(help="What is compared: embedding or selection.")
+        str, typer.Argument(help="What is compared: embedding, selection or decoding.")
     ] = "embedding",
     data: Annotated[
         list[Path] | None,
@@ -142,8 +146,40 @@ def run(
         int | None,
         typer.Option("--number", "-n", min=1, help="selection: samples to train on."),
     ] = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompts",
+            help="decoding: file of prompts with answers, options, passages or documents in "
+            "columns of their own; what they have says what is compared. Repeatable.",
+        ),
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(
+            "--question",
+            help="decoding: constrained, order, memory, cascade or infilling, where the files do "
+            "not say, or for default data.",
+        ),
+    ] = None,
+    grammar: Annotated[
+        str | None,
+        typer.Option(
+            "--grammar",
+            help="decoding: ways to sample in it are compared; as for bakeoff generate.",
+        ),
+    ] = None,
+    large: Annotated[
+        str | None,
+        typer.Option("--large", help="decoding: when to ask this larger model is compared."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", min=1, help="decoding: most tokens of an answer."),
+    ] = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=1, help="selection: tokens to train on.")
+        int | None,
+        typer.Option("--tokens", min=1, help="selection, decoding (infilling): to train on."),
     ] = None,
     designs: Annotated[
         str | None,
@@ -224,6 +260,11 @@ def run(
             budgets=_numbers(budgets, "--budgets"),
             learners=learner or [],
             number=number,
+            prompts=prompts or [],
+            question=question,
+            grammar=grammar,
+            large=large,
+            max_new_tokens=max_new_tokens,
         ),
         reference=reference,
         seeds=seeds,
@@ -415,19 +456,29 @@ def generate(
         str | None, typer.Option("--large", help="cascade: the model that is asked when needed.")
     ] = None,
     number: Annotated[
-        int, typer.Option("--number", "-n", min=1, help="Answers per prompt, where they differ.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--number", "-n", min=1, help="Answers per prompt, where they differ. Default: 1."
+        ),
+    ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer.")
-    ] = 64,
+        int | None,
+        typer.Option("--max-new-tokens", min=1, help="Most tokens of an answer. Default: 64."),
+    ] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", help="Of what is drawn at random.")
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Least probability kept.")] = 1.0,
+        float | None,
+        typer.Option("--temperature", help="Of what is drawn at random. Default: 1."),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=0, help="Likeliest tokens kept; 0, as usual: all.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Least probability kept. Default: 1, all.")
+    ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are messages in the model's chat template.")
-    ] = False,
+        bool | None,
+        typer.Option("--chat/--no-chat", help="Prompts are messages in the model's chat template."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn at random.")] = 0,
     param: Annotated[
         list[str] | None,
@@ -500,13 +551,25 @@ def methods(
 
 
 def _print_designs(as_json: bool) -> None:
+    from bakeoff.decoding.problem import (
+        cascade_designs,
+        constrained_designs,
+        infilling_designs,
+        memory_designs,
+        order_designs,
+    )
     from bakeoff.embedding.problem import default_designs
     from bakeoff.selection.problem import annotation_designs, training_designs
     from bakeoff.study import Designs
 
-    by_family = {
+    by_family: dict[str, Sequence[Design]] = {
         "embedding": default_designs(),
         "selection": annotation_designs() + Designs(training_designs()[1:]),
+        "decoding, order": order_designs(),
+        "decoding, memory": memory_designs(),
+        "decoding, constrained": constrained_designs(),
+        "decoding, cascade": cascade_designs(),
+        "decoding, infilling": infilling_designs(),
     }
     if as_json:
         listed = [

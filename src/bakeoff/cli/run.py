@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 EXIT_SOME_FAILED = 4
 
-FAMILIES = {"embedding": "run_embedding", "selection": "run_selection"}
+FAMILIES = {
+    "embedding": "run_embedding",
+    "selection": "run_selection",
+    "decoding": "run_decoding",
+}
 """Families that can be compared, and the module here that turns options into their contest."""
 
 
@@ -50,6 +54,15 @@ class Options:
     budgets: Sequence[int] = ()
     learners: Sequence[str] = ()
     number: int | None = None
+    prompts: Sequence[Path] = ()
+    question: str | None = None
+    grammar: str | None = None
+    large: str | None = None
+    max_new_tokens: int | None = None
+
+
+DECODING_ONLY = ("prompts", "question", "grammar", "large", "max_new_tokens")
+"""Options that other families refuse."""
 
 
 class ContestProblem(Problem, Protocol):

@@ -781,14 +781,18 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[misc]
         if n_new == 1:
             return masks
         assert self._raw is not None
-        device = self._raw.device
-        asking = torch.arange(end - n_new, end, device=device)[:, None]
-        distance = asking - torch.arange(near, end, device=device)
+        asking = torch.arange(end - n_new, end, device=self._raw.device)[:, None]
+        distance = asking - torch.arange(near, end, device=asking.device)
         masks[0] = (distance >= 0) & (distance < self.window)
-        left = end - self.window
-        if self.has_memory and left > self._start and self.settings.exact_mask:
-            masks[-1] = asking - torch.arange(self._start, left, device=device) >= self.window
+        n_leaving = self._n_leaving(end)
+        if self.has_memory and n_leaving and self.settings.exact_mask:
+            leaving = torch.arange(self._start, self._start + n_leaving, device=asking.device)
+            masks[-1] = asking - leaving >= self.window
         return masks
+
+    def _n_leaving(self, end: int) -> int:
+        """Return how many slots leave the window, still to be seen, if it ends at `end`."""
+        return max(0, end - self.window - self._start)
 
     def _distant(self, queries: Tensor, end: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return queries, keys and values for what lies outside the window.
@@ -797,9 +801,8 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[misc]
         """
         assert self._raw is not None
         assert self._values is not None
-        left = end - self.window  # the first slot that is inside everybody's window
-        leaving = left > self._start
-        if not self.has_memory or not (leaving or self._init is not None or self.n_blocks):
+        n_leaving = self._n_leaving(end)
+        if not self.has_memory or not (n_leaving or self._init is not None or self.n_blocks):
             return []
         far = self.rotary.turn_far(queries, self.window - 1)
         parts = []
@@ -807,9 +810,9 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[misc]
             parts.append((far, self._init[0], self._init[1]))
         if self.n_blocks and self.settings.topk:
             parts.append((far, *self._retrieved(far)))
-        if leaving:
-            window = slice(self._start, left)
-            parts.append((far, self._raw[:, :, window], self._values[:, :, window]))
+        if n_leaving:
+            leaving = slice(self._start, self._start + n_leaving)
+            parts.append((far, self._raw[:, :, leaving], self._values[:, :, leaving]))
         return parts
 
     def _retrieved(self, far: Tensor) -> tuple[Tensor, Tensor]:
@@ -859,19 +862,26 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[misc]
         if not self.has_memory:
             self._start = max(self._start, self._end - self.window)
             return
+        self._fill_init()
         settings = self.settings
-        assert self._raw is not None
-        assert self._values is not None
-        filled = 0 if self._init is None else self._init.shape[3]
-        surplus = self._end - self._start - settings.n_local
-        moved = min(settings.n_init - filled, surplus)
+        while self._end - self._start - settings.block_size >= settings.n_local:
+            self._make_block()
+
+    def _fill_init(self) -> None:
+        """Move what left the window to the initial tokens, while there is room for more."""
+        moved = self._n_leaving_for_init(self._end)
         if moved > 0:
+            assert self._raw is not None
+            assert self._values is not None
             window = slice(self._start, self._start + moved)
             fresh = torch.stack((self._raw[:, :, window], self._values[:, :, window]))
             self._init = fresh if self._init is None else torch.cat((self._init, fresh), 3)
             self._start += moved
-        while self._end - self._start - settings.block_size >= settings.n_local:
-            self._make_block()
+
+    def _n_leaving_for_init(self, end: int) -> int:
+        """Return how many tokens leave the window to become initial ones, if it ends at `end`."""
+        filled = 0 if self._init is None else self._init.shape[3]
+        return max(0, min(self.settings.n_init - filled, end - self.window - self._start))
 
     def _make_block(self) -> None:
         settings = self.settings
@@ -976,7 +986,7 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[misc]
 
     def copied(self, store: BlockStore) -> LayerMemory:
         """Return an independent memory of the same text; stored blocks are shared."""
-        twin = LayerMemory(
+        twin = type(self)(
             self.settings,
             self.rotary,
             store,
@@ -1039,6 +1049,30 @@ class LayerMemory(CacheLayerMixin):  # type: ignore[misc]
         self.length = n_init + n_blocks * self.settings.block_size + live
         if length is not None:  # a sliding layer has dropped tokens that it cannot count
             self.length = length
+
+
+class WindowLayer(LayerMemory):
+    """A layer that remembers its first tokens and a window, and forgets the rest for good.
+
+    What attention sinks and a lambda-shaped mask come to (StreamingLLM, LM-Infinite): the first
+    `n_init` tokens count as `n_local` - 1 tokens away once they have left the window, as in the
+    latter. There are no blocks; `block_size`, `topk` and `repr_topk` mean nothing here.
+
+    References
+    ----------
+    Guangxuan Xiao et al. "Efficient Streaming Language Models with Attention Sinks". ICLR 2024.
+    arXiv:2309.17453. Chi Han et al. "LM-Infinite: Zero-Shot Extreme Length Generalization for Large
+    Language Models". NAACL 2024. arXiv:2308.16137.
+    """
+
+    def _n_leaving(self, end: int) -> int:
+        """Return how many of the first tokens leave the window; nobody sees the others again."""
+        return self._n_leaving_for_init(end)
+
+    def _move_out(self) -> None:
+        if self.has_memory:
+            self._fill_init()
+        self._start = max(self._start, self._end - self.window)
 
 
 def _shared_softmax(

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from sklearn.base import clone
 
-from bakeoff.decoding.deferral_curve import (
+from bakeoff.decoding.deferral_curves import (
     DeferralCurve,
     Estimate,
     FloatArray,
@@ -39,6 +39,27 @@ from bakeoff.decoding.deferral_rules import (
 )
 from bakeoff.decoding.token_records import TextGenerator, TokenRecord, from_generate
 from bakeoff.errors import DataError
+
+METHOD = {
+    "slug": "cascades",
+    "title": "Deferral by token-level uncertainty",
+    "paper": "Gupta et al., Language Model Cascades: Token-level uncertainty and beyond, "
+    "ICLR 2024, arXiv 2404.10136",
+    "designs": ["chow-quantile", "post-hoc-quantile", "post-hoc-embed"],
+    "names": [
+        "Cascade",
+        "PostHocDeferral",
+        "QuantileScore",
+        "ChowSum",
+        "ChowAverage",
+        "LengthScore",
+        "TextGenerator",
+        "TokenRecord",
+        "deferral_auc",
+        "cost_saved",
+        "choose_threshold",
+    ],
+}
 
 __all__ = [
     "Cascade",

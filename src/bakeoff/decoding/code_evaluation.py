@@ -341,6 +341,32 @@ def standard_library_functions(
     return tuple(found.values())
 
 
+def python_functions(text: str, *, module: str = "") -> tuple[PythonFunction, ...]:
+    r"""Return the functions in a text, in order; none if the text is not Python.
+
+    Parameters
+    ----------
+    text
+        A module, or a function, which may be indented as in its class.
+    module
+        A name for it.
+
+    Examples
+    --------
+    >>> [f.name for f in python_functions("class A:\n    def f(self):\n        return 1\n")]
+    ['A.f']
+    """
+    if text[:1] in (" ", "\t"):
+        text = f"class _:\n{text}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = tuple(_functions(text, "", module))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ()
+    return tuple(function for function in found if compiles(function.source))
+
+
 @lru_cache(maxsize=64)
 def _source(module: str) -> str:
     with tokenize.open(Path(sysconfig.get_path("stdlib")) / module) as stream:
@@ -388,7 +414,10 @@ def _functions(source: str, package: str, module: str) -> Iterator[PythonFunctio
 
 
 def training_texts(
-    held_out: Iterable[str] = DOCTEST_PACKAGES, *, max_characters: int | None = None
+    held_out: Iterable[str] = DOCTEST_PACKAGES,
+    *,
+    packages: Iterable[str] | None = None,
+    max_characters: int | None = None,
 ) -> tuple[str, ...]:
     """Return the sources of all functions outside the packages held out, copies left out.
 
@@ -398,13 +427,17 @@ def training_texts(
     ----------
     held_out
         Packages whose functions serve in the evaluation.
+    packages
+        Where to take functions from; None for all the others.
     max_characters
         Longest source.
     """
     held_out = set(held_out)
     kept_back = standard_library_functions(held_out)
     known = {run for function in kept_back for run in runs(function.source, _COPIED_WORDS)}
-    others = {pair.package for pair in standard_library_pairs()} - held_out
+    if packages is None:
+        packages = {pair.package for pair in standard_library_pairs()}
+    others = set(packages) - held_out
     return tuple(
         function.source
         for function in standard_library_functions(others, max_characters=max_characters)
@@ -525,13 +558,7 @@ def infill_problems(
 def _holes(
     function: PythonFunction, kind: Kind, rng: np.random.Generator, wanted: int
 ) -> list[tuple[int, int]]:
-    lines: list[tuple[int, int]] = []
-    start = function.body
-    for line in function.source[function.body :].split("\n"):
-        stop = start + len(line) + 1
-        if line.strip() and not line.lstrip().startswith("#"):
-            lines.append((start, min(stop, len(function.source))))
-        start = stop
+    lines = _code_lines(function)
     if kind == "line":
         candidates = lines
     elif kind == "lines":
@@ -544,6 +571,96 @@ def _holes(
         return sorted({(a, b) for a, b in cuts if function.source[a:b].strip()})
     chosen = rng.permutation(len(candidates))[:wanted]
     return sorted(candidates[number] for number in chosen.tolist())
+
+
+def _code_lines(function: PythonFunction) -> list[tuple[int, int]]:
+    """Return where the lines of a body stand that are neither blank nor comments."""
+    lines: list[tuple[int, int]] = []
+    start = function.body
+    for line in function.source[function.body :].split("\n"):
+        stop = start + len(line) + 1
+        if line.strip() and not line.lstrip().startswith("#"):
+            lines.append((start, min(stop, len(function.source))))
+        start = stop
+    return lines
+
+
+@dataclass(frozen=True)
+class SeveralHoles:
+    """A function with several holes at once.
+
+    Parameters
+    ----------
+    function
+        The function.
+    spans
+        (start, stop) of each hole in characters of its source, from left to right; between two
+        holes something is left.
+    """
+
+    function: PythonFunction
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def middles(self) -> tuple[str, ...]:
+        """What belongs into the holes."""
+        return tuple(self.function.source[start:stop] for start, stop in self.spans)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The text around the holes, one part more than there are holes."""
+        starts = [0, *(stop for _, stop in self.spans)]
+        stops = [*(start for start, _ in self.spans), len(self.function.source)]
+        return tuple(self.function.source[a:b] for a, b in zip(starts, stops, strict=True))
+
+
+def several_holes(
+    functions: Sequence[PythonFunction], *, n_holes: int = 2, seed: int = 0
+) -> tuple[SeveralHoles, ...]:
+    """Make several holes of one line each in the bodies of functions.
+
+    A hole is a line with the line end *before* it. A line is left between two holes.
+
+    Parameters
+    ----------
+    functions
+        The functions.
+    n_holes
+        Holes of each.
+    seed
+        Of the choice, which depends on the function alone, not on the others.
+
+    Returns
+    -------
+    tuple of SeveralHoles
+        Functions with too few lines have none.
+
+    Examples
+    --------
+    >>> text = several_holes(standard_library_functions(["heapq"]), n_holes=3)[0]
+    >>> len(text.middles), len(text.parts)
+    (3, 4)
+    """
+    if n_holes < 1:
+        raise DataError(f"n_holes must be at least 1, got {n_holes}")
+    found: list[SeveralHoles] = []
+    for function in functions:
+        lines = [(a, b) for a, b in _code_lines(function) if a > 0]
+        # Choosing k of n - k + 1 and spreading them leaves one between neighbours.
+        free = len(lines) - n_holes + 1
+        if free < n_holes:
+            continue
+        rng = np.random.default_rng([seed, *f"{function.module}:{function.name}".encode()])
+        chosen = np.sort(rng.choice(free, n_holes, replace=False)) + np.arange(n_holes)
+        source = function.source
+        spans = (lines[number] for number in chosen.tolist())
+        found.append(
+            SeveralHoles(
+                function,
+                tuple((a - 1, b - 1 if source[b - 1] == "\n" else b) for a, b in spans),
+            )
+        )
+    return tuple(found)
 
 
 def verified_problems(

@@ -16,6 +16,28 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+METHOD = {
+    "slug": "codegen2",
+    "title": "Causal language modelling mixed with file-level span corruption, and infilling",
+    "paper": "Nijkamp et al., CodeGen2: Lessons for Training LLMs on Programming and Natural "
+    "Languages, 2023, arXiv 2305.02309",
+    "designs": ["span-corruption"],
+    "names": [
+        "SpanCorruption",
+        "FillInTheMiddle",
+        "PrefixLM",
+        "DataMixture",
+        "InfillTokens",
+        "add_infill_tokens",
+        "pack",
+        "uncorrupt",
+        "train_decoder",
+        "infill",
+        "format_infill",
+        "evaluate_infilling",
+    ],
+}
+
 Level = Literal["file", "sequence"]
 Attention = Literal["causal", "prefix"]
 LossOn = Literal["all", "no-sentinels", "targets"]
@@ -184,8 +206,12 @@ def add_infill_tokens(
         [AddedToken(token, special=True, normalized=False) for token in missing],
         special_tokens=True,
     )
-    if model is not None and missing:
-        _grow(model, tokenizer.convert_tokens_to_ids(missing), len(tokenizer))
+    if model is not None:
+        # A tokenizer may have had the tokens before its model got rows for them.
+        beyond = range(model.get_input_embeddings().weight.shape[0], len(tokenizer))
+        new = sorted({*tokenizer.convert_tokens_to_ids(missing), *beyond})
+        if new:
+            _grow(model, new, len(tokenizer))
     return InfillTokens.of(tokenizer)
 
 
@@ -247,7 +273,10 @@ def pack(
         raise DataError(f"length must be at least 2, got {length}")
     if on_sentinel not in ("error", "escape"):
         raise DataError(f"on_sentinel must be 'error' or 'escape', got {on_sentinel!r}")
-    special = [str(token) for token in tokenizer.added_tokens_encoder]
+    # Other added tokens, such as a run of spaces in the vocabularies of code models, are text.
+    added = tokenizer.added_tokens_decoder
+    control = InfillTokens.of(tokenizer).control
+    special = [str(token) for id_, token in added.items() if token.special or id_ in control]
     ids: list[int] = []
     for number, text in enumerate(texts):
         if on_sentinel == "error" and (found := [token for token in special if token in text]):
@@ -1360,5 +1389,8 @@ def _loss(model: Any, objective: InfillObjective, examples: list[Example]) -> Te
         batch["attention_mask"] = batch["attention_mask"].to(model.dtype)
         # float32's most negative number is minus infinity in half precision, which is fine: every
         # token sees itself at least.
-    loss: Tensor = model(**batch).loss
+    output = model(**batch)
+    # The mean over no token at all would be NaN, and so would be every weight after it.
+    predicts = bool((batch["labels"][:, 1:] != _IGNORED).any())
+    loss: Tensor = output.loss if predicts else output.logits.sum() * 0
     return loss

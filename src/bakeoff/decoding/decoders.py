@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from bakeoff.data.prompts import Prompt
 from bakeoff.decoding.set_based_prompting import END, SPLIT, START
 from bakeoff.decoding.token_clock import TokenClock
 from bakeoff.errors import DataError
+from bakeoff.models.chat import chat_frame
 
 if TYPE_CHECKING:
     from bakeoff.decoding.alignment_trie import AlignmentTrie
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 HOLE = "<fill>"
 """Stands in a prompt where `infill` is to write."""
-
-# Stands where a chat template puts the user's words.
-_MARK = "\N{REPLACEMENT CHARACTER}words\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -304,15 +302,7 @@ def _check_parts(method: str, kind: DecoderKind, prompt: Prompt, number: int) ->
 
 def _frame(call: _Call) -> tuple[str, str]:
     """Return what goes before and after a prompt: the chat template's parts, or nothing."""
-    if not call.how.chat:
-        return "", ""
-    if not call.model.tokenizer.chat_template:
-        raise DataError(f"chat: the tokenizer of {call.model.name} has no chat template")
-    whole = call.model.tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-    )
-    before, _, after = str(whole).partition(_MARK)
-    return before, after
+    return chat_frame(call.model.tokenizer, call.model.name) if call.how.chat else ("", "")
 
 
 def _ids(call: _Call, text: str) -> list[int]:
@@ -395,27 +385,17 @@ def _constrained(call: _Call) -> Iterator[list[Answer]]:
 
 
 def _ordered(call: _Call) -> Iterator[list[Answer]]:
-    from bakeoff.decoding.set_based_prompting import (
-        OrderEnsembleModel,
-        PlainOrderModel,
-        SetPrompt,
-        SetPromptingModel,
-    )
+    from bakeoff.decoding.baselines import order_model
+    from bakeoff.decoding.set_based_prompting import SetPrompt
 
     before, after = _frame(call)
-    options: dict[str, Any] = {"add_special_tokens": not call.how.chat, **call.params}
-    reader: Any
-    if call.method == "set-based":
-        reader = SetPromptingModel(call.model, **options)
-    elif call.method == "plain-order":
-        reader = PlainOrderModel(call.model, **options)
-    else:
-        aggregate: Literal["vote", "mean"]
-        aggregate = "vote" if call.method == "permute-and-vote" else "mean"
-        options.setdefault("n_orders", 24)
-        reader = OrderEnsembleModel(
-            call.model, aggregate=aggregate, random_state=call.how.seed, **options
-        )
+    reader, arguments = order_model(
+        call.method,
+        call.params,
+        call.model,
+        add_special_tokens=not call.how.chat,
+        random_state=call.how.seed,
+    )
     for prompt in call.prompts:
         if prompt.options and prompt.passages:
             raise DataError("a prompt has options or passages as its set, not both")
@@ -428,10 +408,10 @@ def _ordered(call: _Call) -> Iterator[list[Answer]]:
         asked = SetPrompt(before + asked.prefix, asked.groups, asked.suffix + after, asked.between)
         started = time.perf_counter()
         if prompt.options:
-            # After "Answer:" a space begins the word; after a template's header nothing does.
+            # In quotes, as they are listed. After a template's header nothing comes before them.
             lead = "" if call.how.chat else " "
-            choices = [lead + option for option in prompt.options]
-            scores = reader.score([asked], [choices])[0]
+            choices = [f'{lead}"{option}"' for option in prompt.options]
+            scores = reader.score([asked], [choices], **arguments)[0]
             seconds = time.perf_counter() - started
             best = prompt.options[int(scores.argmax())]
             by_option = dict(zip(prompt.options, scores.tolist(), strict=True))
@@ -439,10 +419,37 @@ def _ordered(call: _Call) -> Iterator[list[Answer]]:
             continue
         clock = TokenClock(started)
         text = reader.generate(
-            [asked], max_new_tokens=call.how.max_new_tokens, logits_processor=[clock]
+            [asked],
+            max_new_tokens=call.how.max_new_tokens,
+            logits_processor=[clock],
+            **arguments,
         )[0]
         seconds = time.perf_counter() - started
         yield [Answer(text, None, clock.n_steps, seconds, clock.seconds_to_first_token)]
+
+
+def _reading(call: _Call) -> Iterator[list[Answer]]:
+    from bakeoff.decoding.document_baselines import document_reader
+
+    _frame(call)  # refuses chat without a template
+    how = call.how
+    reader = document_reader(
+        call.method, call.model, max_new_tokens=how.max_new_tokens, chat=how.chat, **call.params
+    )
+    with reader:
+        for prompt in call.prompts:
+            if not prompt.document:
+                raise DataError(f"{call.method} needs a document; the question is {prompt.text!r}")
+            read = reader.read(prompt.document, prompt.text)
+            answer = read.generate()
+            facts = {
+                "document_tokens": read.n_document,
+                "tokens_read": read.n_kept,
+                "memory_bytes": answer.memory_bytes,
+            }
+            seconds = read.seconds + answer.seconds
+            first = answer.seconds_to_first_token
+            yield [Answer(answer.text, None, answer.n_tokens, seconds, first, facts)]
 
 
 def _remembering(call: _Call) -> Iterator[list[Answer]]:
@@ -534,6 +541,7 @@ DECODERS: dict[str, DecoderKind] = {
         }.items()
     },
     "plain-order": DecoderKind("pieces in the listed order", _ordered, ("set",), reads=_SET),
+    "sorted-order": DecoderKind("pieces in alphabetical order", _ordered, ("set",), reads=_SET),
     "set-based": DecoderKind(
         "the same answer in any order, in one pass",
         _ordered,
@@ -561,8 +569,27 @@ DECODERS: dict[str, DecoderKind] = {
         reads=("document",),
         parameters=(
             *("n_init", "n_local", "block_size", "topk", "repr_topk", "exec_chunk"),
-            *("offload", "offload_folder", "max_cached_blocks", "prefill_chunk"),
+            *("offload", "offload_folder", "max_cached_blocks", "prefill_chunk", "exact_mask"),
         ),
+    ),
+    "full-attention": DecoderKind("a document, all of it", _reading, reads=("document",)),
+    "streaming": DecoderKind(
+        "a document's first tokens and a window that slides over it",
+        _reading,
+        reads=("document",),
+        parameters=("budget", "n_init", "exec_chunk"),
+    ),
+    "truncate-middle": DecoderKind(
+        "a document's beginning and end", _reading, reads=("document",), parameters=("budget",)
+    ),
+    "keep-end": DecoderKind(
+        "a document's end", _reading, reads=("document",), parameters=("budget",)
+    ),
+    "retrieve": DecoderKind(
+        "a document's passages most like the question",
+        _reading,
+        reads=("document",),
+        parameters=("budget", "by", "encoder", "passage_tokens"),
     ),
     "cascade": DecoderKind(
         "a small model answers, a large one where a rule says so", _cascaded, ("large", "rule")

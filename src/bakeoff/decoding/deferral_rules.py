@@ -16,7 +16,7 @@ from sklearn.decomposition import PCA
 from sklearn.model_selection import KFold, StratifiedKFold
 
 from bakeoff._files import atomic_path
-from bakeoff.decoding.deferral_curve import (
+from bakeoff.decoding.deferral_curves import (
     FloatArray,
     checked_qualities,
     checked_share,
@@ -89,7 +89,7 @@ class DeferralRule(BaseEstimator):  # type: ignore[misc]  # sklearn has no types
         Parameters
         ----------
         budget, min_quality, confidence
-            As for `bakeoff.decoding.deferral_curve.choose_threshold`.
+            As for `bakeoff.decoding.deferral_curves.choose_threshold`.
 
         Raises
         ------

@@ -34,6 +34,21 @@ from bakeoff.models.loading import LanguageModel
 if TYPE_CHECKING:
     from torch import Tensor
 
+METHOD = {
+    "slug": "grammar-aligned-decoding",
+    "title": "Grammar-aligned sampling (ASAp)",
+    "paper": "Park et al., Grammar-Aligned Decoding, NeurIPS 2024, arXiv 2405.21047",
+    "designs": ["asap"],
+    "names": [
+        "sample_aligned",
+        "AlignedSamples",
+        "AlignmentTrie",
+        "Grammar",
+        "GrammarConstraint",
+        "GrammarAlignedLogitsProcessor",
+    ],
+}
+
 AlignedMethod = Literal["asap", "gcd", "rejection", "adaptive"]
 _METHODS = ("asap", "gcd", "rejection", "adaptive")
 _Outcome = Literal["accepted", "illegal", "truncated", "dead end"]
@@ -237,49 +252,26 @@ def sample_aligned(
     ... )
     >>> found.texts[0], found.z_bounds  # doctest: +SKIP
     """
-    identity = None
-    if isinstance(model, LanguageModel):
-        tokenizer = model.tokenizer if tokenizer is None else tokenizer
-        identity, model = model.fingerprint, model.model
-    if tokenizer is None:
-        raise DataError("tokenizer may be None only with a LanguageModel, which has its own")
-    if model.get_output_embeddings() is None:
-        raise DataError(f"model must have a language-model head, got {type(model).__name__}")
     _in_range("n", n, 1)
     _in_range("burn_in", burn_in, 0)
-    _in_range("max_new_tokens", max_new_tokens, 1)
     _in_range("max_failures", max_failures, 1)
-    _in_range("cache_bytes", cache_bytes, 0)
     if method not in _METHODS:
         raise DataError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
-    warp = Warping(temperature, top_k, top_p)
-    prompt_ids = _prompt_ids(tokenizer, prompt)
-    _fit_positions(model, len(prompt_ids), max_new_tokens)
-    ends = _end_tokens(model, tokenizer, eos_token_id)
-    width = int(model.config.get_text_config().vocab_size)
-    constraint = constraint_for(grammar, tokenizer, width, ends)
-    if isinstance(constraint, GrammarConstraint):
-        if constraint.min_tokens > max_new_tokens:
-            raise DataError(
-                f"no text of the grammar ends within max_new_tokens={max_new_tokens}: the shortest "
-                f"has at least {constraint.grammar.min_bytes} bytes, which takes at least "
-                f"{constraint.min_tokens} tokens with the end of text"
-            )
-        ends = constraint.eos_token_ids
-    binding = trie_binding(
-        identity or model_fingerprint(model), prompt_ids, constraint, warp, max_new_tokens, ends
-    )
-    trie = AlignmentTrie() if trie is None else trie
-    trie.require(binding)
-    walker = _Walker(
-        constraint=constraint,
-        trie=trie,
-        reader=PrefixReader(model, prompt_ids, ByteLRU(cache_bytes)),
-        warp=warp,
-        ends=frozenset(ends),
+    walker = walker_for(
+        model,
+        tokenizer,
+        prompt,
+        grammar,
         max_new_tokens=max_new_tokens,
+        warp=Warping(temperature, top_k, top_p),
+        trie=trie,
+        eos_token_id=eos_token_id,
+        cache_bytes=cache_bytes,
         random=np.random.default_rng(random_state),
     )
+    trie, constraint = walker.trie, walker.constraint
+    if isinstance(model, LanguageModel):
+        model, tokenizer = model.model, tokenizer or model.tokenizer
     tokens: list[tuple[int, ...]] = []
     log_probs, log_proposals, accepted, log_weights, upper, lower = [], [], [], [], [], []
     counts: dict[_Outcome, int] = {"accepted": 0, "illegal": 0, "truncated": 0, "dead end": 0}
@@ -329,6 +321,65 @@ def sample_aligned(
     )
 
 
+def walker_for(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Sequence[int],
+    grammar: Any,
+    *,
+    max_new_tokens: int,
+    warp: Warping,
+    trie: AlignmentTrie | None = None,
+    eos_token_id: int | Iterable[int] | None = None,
+    cache_bytes: int = 2**29,
+    random: np.random.Generator,
+) -> TrieWalker:
+    """Return what draws attempts one by one; arguments are those of `sample_aligned`.
+
+    Raises
+    ------
+    bakeoff.errors.DataError
+        As `sample_aligned`.
+    """
+    identity = None
+    if isinstance(model, LanguageModel):
+        tokenizer = model.tokenizer if tokenizer is None else tokenizer
+        identity, model = model.fingerprint, model.model
+    if tokenizer is None:
+        raise DataError("tokenizer may be None only with a LanguageModel, which has its own")
+    if model.get_output_embeddings() is None:
+        raise DataError(f"model must have a language-model head, got {type(model).__name__}")
+    _in_range("max_new_tokens", max_new_tokens, 1)
+    _in_range("cache_bytes", cache_bytes, 0)
+    prompt_ids = _prompt_ids(tokenizer, prompt)
+    _fit_positions(model, len(prompt_ids), max_new_tokens)
+    ends = _end_tokens(model, tokenizer, eos_token_id)
+    width = int(model.config.get_text_config().vocab_size)
+    constraint = constraint_for(grammar, tokenizer, width, ends)
+    if isinstance(constraint, GrammarConstraint):
+        if constraint.min_tokens > max_new_tokens:
+            raise DataError(
+                f"no text of the grammar ends within max_new_tokens={max_new_tokens}: the shortest "
+                f"has at least {constraint.grammar.min_bytes} bytes, which takes at least "
+                f"{constraint.min_tokens} tokens with the end of text"
+            )
+        ends = constraint.eos_token_ids
+    binding = trie_binding(
+        identity or model_fingerprint(model), prompt_ids, constraint, warp, max_new_tokens, ends
+    )
+    trie = AlignmentTrie() if trie is None else trie
+    trie.require(binding)
+    return TrieWalker(
+        constraint=constraint,
+        trie=trie,
+        reader=PrefixReader(model, prompt_ids, ByteLRU(cache_bytes)),
+        warp=warp,
+        ends=frozenset(ends),
+        max_new_tokens=max_new_tokens,
+        random=random,
+    )
+
+
 def _text(constraint: TokenConstraint, tokenizer: Any, tokens: Sequence[int]) -> str:
     if isinstance(constraint, GrammarConstraint):
         return constraint.text(tokens)
@@ -354,15 +405,17 @@ def _hopeless(
 
 
 @dataclass
-class _Attempt:
+class Attempt:
+    """One walk: how it ended, its tokens, and log-probabilities under the model and the walker."""
+
     outcome: _Outcome
     tokens: list[int]
     log_prob: float
     log_proposal: float
 
 
-class _Walker:
-    """Walks from the root of the trie to an end, extending it on the way."""
+class TrieWalker:
+    """Walks from the root of the trie to an end, extending it on the way; see `walker_for`."""
 
     def __init__(
         self,
@@ -379,7 +432,7 @@ class _Walker:
         self.warp, self.ends, self.max_new_tokens = warp, ends, max_new_tokens
         self.random = random
 
-    def attempt(self, method: AlignedMethod) -> _Attempt:
+    def attempt(self, method: AlignedMethod) -> Attempt:
         """Draw one text; the bounds along its path are brought up to date at its end.
 
         The paper's code updates them at every step on the way down. The draws are the same: they
@@ -402,7 +455,7 @@ class _Walker:
                 for token in tokens[n_advanced:]:
                     state = self.constraint.advance(state, token)
                 n_advanced = len(tokens)
-                ids, log_p, log_cut = self._look(state, tokens, nodes)
+                ids, log_p, log_cut = self.look(state, tokens, nodes)
                 trie.expand(node, ids, log_p, log_cut=log_cut)
                 self._hold(node, ids, log_p)
                 known = ids, log_p
@@ -425,7 +478,7 @@ class _Walker:
                 break
             nodes.append(child)
         trie.update(nodes)
-        return _Attempt(outcome, tokens, log_prob, log_proposal)
+        return Attempt(outcome, tokens, log_prob, log_proposal)
 
     def _choose(self, node: int, method: AlignedMethod, fresh: bool) -> tuple[_Outcome, int, float]:
         """Draw a child, or -1 for the tokens never drawn, and return the log of what is drawn from.
@@ -463,7 +516,7 @@ class _Walker:
         state = self.constraint.start()
         for token in tokens:
             state = self.constraint.advance(state, token)
-        ids, log_p, _ = self._look(state, tokens, nodes)
+        ids, log_p, _ = self.look(state, tokens, nodes)
         self._hold(nodes[-1], ids, log_p)
         return ids, log_p
 
@@ -472,7 +525,7 @@ class _Walker:
         if self.trie.kept(node) is None:
             self.reader.cache.put(("next", node), (ids, log_p), ids.nbytes + log_p.nbytes)
 
-    def _look(self, state: Any, tokens: list[int], nodes: list[int]) -> tuple[Ids, LogProbs, float]:
+    def look(self, state: Any, tokens: list[int], nodes: list[int]) -> tuple[Ids, LogProbs, float]:
         """Return the legal tokens after a prefix, their log-probabilities and what is cut off."""
         log_probs = self.warp.log_probs(self.reader.logits(tokens, nodes))
         last = len(tokens) == self.max_new_tokens - 1
@@ -602,11 +655,7 @@ class PrefixReader:
         self._live: list[int] = []
         self._states: Any = None
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        # States of recurrent layers cannot be cut back to an earlier token.
-        kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-        self._reusable = not getattr(model, "_is_stateful", False) and all(
-            str(kind).endswith("_attention") and "linear" not in str(kind) for kind in kinds
-        )
+        self._reusable = states_can_be_cut(model)
 
     def logits(self, tokens: Sequence[int], nodes: Sequence[int]) -> Tensor:
         """Return logits ``(V,)`` of what follows the prompt and `tokens`.
@@ -690,6 +739,14 @@ class PrefixReader:
             ]
             size = sum(k.nbytes + v.nbytes for k, v in piece)
             self.cache.put(("states", nodes[position - n_prompt + 1]), piece, size)
+
+
+def states_can_be_cut(model: Any) -> bool:
+    """Return whether a model's states can be shortened to an earlier token: not recurrent ones."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    return not getattr(model, "_is_stateful", False) and all(
+        str(kind).endswith("_attention") and "linear" not in str(kind) for kind in kinds
+    )
 
 
 @contextmanager

@@ -232,8 +232,8 @@ def infill_batch(
     layout
         As for `infill_prompt`. ``"left-to-right"`` is plain generation after the prefix.
     attention
-        ``"prefix"`` if the model was trained so: the prompt up to ``<sep>`` sees all of itself.
-        With the layout ``"codegen2"`` alone.
+        ``"prefix"`` if the model was trained so: the prompt but its last token sees all of itself.
+        With the layouts ``"codegen2"`` and, for a prefix-LM, ``"left-to-right"``.
     heal
         Whether the last token of the prefix is taken back and written anew, with the characters it
         stood for as the only constraint: a hole that begins inside a token is filled better. The
@@ -309,14 +309,17 @@ def infill_holes(
     parts: Sequence[str],
     *,
     max_new_tokens: int = 128,
+    layout: Layout = "codegen2",
+    attention: Attention = "causal",
     do_sample: bool = False,
     random_state: int | None = None,
     **generate_options: Any,
 ) -> list[Fill]:
-    """Fill every hole of one text, from left to right, in the layout of CodeGen2.
+    """Fill every hole of one text, from left to right.
 
-    All holes are open in the context; each fill is written after the ones before it, as in
-    training: ``<mask_1> first <eom> <mask_2> ...``.
+    In the layout of CodeGen2 all holes are open in the context; each fill is written after the ones
+    before it, as in training: ``<mask_1> first <eom> <mask_2> ...``. The other layouts know one
+    hole: each is asked with the earlier ones filled and the later ones left out.
 
     Parameters
     ----------
@@ -326,6 +329,8 @@ def infill_holes(
         The text around the holes: n + 1 parts for n holes.
     max_new_tokens
         Longest fill of each.
+    layout, attention
+        As for `infill_batch`.
     do_sample, random_state, **generate_options
         As for `infill_batch`.
 
@@ -347,36 +352,75 @@ def infill_holes(
 
     model, tokenizer = _model_and_tokenizer(model, tokenizer)
     tokens = InfillTokens.of(tokenizer)
-    separator, end_of_mask, masks = tokens.for_spans()
-    n_holes = len(parts) - 1
-    if not 1 <= n_holes <= len(masks):
-        raise DataError(
-            f"parts must be 2 to {len(masks) + 1} texts around 1 to {len(masks)} holes, got "
-            f"{len(parts)}"
-        )
+    _check_attention(attention, layout)
     if do_sample and random_state is None:
         raise DataError("do_sample=True needs random_state, so that the result can be repeated")
-    prompt = plain_ids(tokenizer, parts[0])
-    for mask, part in zip(masks, parts[1:], strict=False):
-        prompt += [mask, *plain_ids(tokenizer, part)]
-    prompt += [tokens.eot, separator]
+    context = _Holes(tokenizer, tokens, parts, layout)
+    limit = _room(model, max_new_tokens)
     fills: list[Fill] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, enabled=do_sample):
         if do_sample:
             torch.manual_seed(int(random_state or 0))
-        for mask in masks[:n_holes]:
-            prompt.append(mask)
-            limit = _room(model, max_new_tokens)
+        for _ in range(len(parts) - 1):
+            prompt, n_given = context.prompt([list(fill.ids) for fill in fills])
             if limit is not None and len(prompt) > limit:
                 raise DataError(
                     f"the text and its fills so far have {len(prompt)} tokens, and the context "
                     f"leaves room for {limit}: lower max_new_tokens, or give less text"
                 )
-            [ids] = _generate(model, tokens, [prompt], max_new_tokens, do_sample, generate_options)
+            options = dict(generate_options)
+            [ids] = _generate(
+                model, tokens, [prompt], max_new_tokens, do_sample, options, attention, n_given
+            )
             fills.append(_fill(tokenizer, tokens, ids, ""))
-            prompt += [*fills[-1].ids, end_of_mask]
     return fills
+
+
+class _Holes:
+    """A text with holes, and the prompt for the next of them."""
+
+    def __init__(
+        self, tokenizer: Any, tokens: InfillTokens, parts: Sequence[str], layout: Layout
+    ) -> None:
+        if len(parts) < 2:
+            raise DataError(f"parts must be 2 texts or more around the holes, got {len(parts)}")
+        if layout == "codegen2" and len(parts) - 1 > (most := len(tokens.for_spans()[2])):
+            raise DataError(
+                f"parts must be 2 to {most + 1} texts around 1 to {most} holes, got {len(parts)}"
+            )
+        self.parts = [plain_ids(tokenizer, part) for part in parts]
+        self.tokens, self.layout = tokens, layout
+
+    def trim(self, room: int) -> bool:
+        """Leave text out at both ends until no more than `room` tokens are left, if possible."""
+        first, *between, last = self.parts
+        left = room - sum(map(len, between))
+        if left < 1:
+            return False
+        self.parts = [*_trimmed(first, last, left)]
+        self.parts[1:1] = between
+        return True
+
+    def prompt(self, filled: Sequence[list[int]]) -> tuple[list[int], int]:
+        """Return a prompt for the hole after those filled, and how much of it is given text."""
+        number = len(filled)
+        if self.layout != "codegen2":
+            before = list(self.parts[0])
+            for fill, part in zip(filled, self.parts[1:], strict=False):
+                before += [*fill, *part]
+            after = [token for part in self.parts[number + 1 :] for token in part]
+            written = _prompt(self.tokens, before, after, self.layout, None)
+            return written, len(written) - 1
+        separator, end_of_mask, masks = self.tokens.for_spans()
+        written = list(self.parts[0])
+        for mask, part in zip(masks, self.parts[1:], strict=False):
+            written += [mask, *part]
+        written += [self.tokens.eot, separator]
+        n_given = len(written)
+        for mask, fill in zip(masks, filled, strict=False):
+            written += [mask, *fill, end_of_mask]
+        return [*written, masks[number]], n_given
 
 
 def infill_losses(
@@ -430,14 +474,98 @@ def infill_losses(
         )
         middles.append(ids)
     if attention == "prefix":
-        return _prefix_losses(model, prompts, middles, progress)
+        given = [len(prompt) - 1 for prompt in prompts]
+        return _prefix_losses(model, prompts, given, middles, progress)
     return response_losses(model, prompts, middles, progress=progress)
 
 
-def _prefix_losses(
-    model: Any, prompts: list[list[int]], middles: list[list[int]], progress: Progress | None
+def infill_holes_losses(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[tuple[Sequence[str], Sequence[str]]],
+    *,
+    layout: Layout = "codegen2",
+    attention: Attention = "causal",
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
 ) -> Losses:
-    """Return the losses of middles after prompts that see all of themselves but the last token."""
+    """Return how unlikely a model finds the true fills of texts with several holes each.
+
+    The prompts are those of `infill_holes`, with the true fills in the holes before.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As for `infill`.
+    texts
+        (parts, middles) of each: n + 1 parts around n middles, none empty.
+    layout, attention
+        As for `infill_batch`.
+    max_tokens
+        Longest sequence, prompt and fills together, whatever the layout; by default the model's
+        context. What is farthest from the holes is left out.
+    progress
+        Called with (holes done, holes in total).
+
+    Returns
+    -------
+    bakeoff.models.Losses
+        Nats over the tokens of a text's middles.
+
+    Raises
+    ------
+    DataError
+        If parts and middles do not fit together, a middle is empty, or the holes and what lies
+        between them are longer than `max_tokens`.
+    """
+    import numpy as np
+
+    model, tokenizer = _model_and_tokenizer(model, tokenizer)
+    tokens = InfillTokens.of(tokenizer)
+    _check_attention(attention, layout)
+    limit = max_tokens or _room(model, 0)
+    prompts: list[list[int]] = []
+    given: list[int] = []
+    wanted: list[list[int]] = []
+    owner: list[int] = []
+    for number, (parts, middles) in enumerate(texts):
+        if len(parts) != len(middles) + 1:
+            raise DataError(
+                f"text {number} has {len(parts)} parts around {len(middles)} middles; there must "
+                "be one part more"
+            )
+        context = _Holes(tokenizer, tokens, parts, layout)
+        filled = [plain_ids(tokenizer, middle) for middle in middles]
+        if limit is not None:
+            # As many as the longest layout needs, so that all layouts show the same text.
+            marks = 3 * len(middles) + 2
+            if not context.trim(limit - marks - sum(map(len, filled))):
+                raise DataError(f"text {number}: its holes leave no room in {limit} tokens")
+        for hole, middle in enumerate(filled):
+            prompt, n_given = context.prompt(filled[:hole])
+            prompts.append(prompt)
+            given.append(n_given)
+            wanted.append(middle)
+            owner.append(number)
+    if attention == "prefix":
+        losses = _prefix_losses(model, prompts, given, wanted, progress)
+    else:
+        losses = response_losses(model, prompts, wanted, progress=progress)
+    sums = np.zeros(len(texts))
+    n_tokens = np.zeros(len(texts), dtype=np.int64)
+    np.add.at(sums, owner, losses.sums)
+    np.add.at(n_tokens, owner, losses.n_tokens)
+    return Losses(sums, n_tokens)
+
+
+def _prefix_losses(
+    model: Any,
+    prompts: list[list[int]],
+    given: list[int],
+    middles: list[list[int]],
+    progress: Progress | None,
+) -> Losses:
+    """Return the losses of middles after prompts whose first `given` tokens see each other."""
     import numpy as np
     import torch
 
@@ -450,7 +578,7 @@ def _prefix_losses(
                 raise DataError(f"middle {row} has no tokens")
             ids = torch.tensor([[*prompt, *middle]], device=model.device)
             segments = torch.zeros_like(ids)
-            segments[:, : len(prompt) - 1] = 1
+            segments[:, : given[row]] = 1
             mask = prefix_lm_mask(segments, dtype=model.dtype)
             with torch.inference_mode():
                 logits = model(ids, attention_mask=mask).logits[0, len(prompt) - 1 : -1]
@@ -469,8 +597,10 @@ def _prefix_losses(
 def _check_attention(attention: Attention, layout: Layout) -> None:
     if attention not in ("causal", "prefix"):
         raise DataError(f"attention must be 'causal' or 'prefix', got {attention!r}")
-    if attention == "prefix" and layout != "codegen2":
-        raise DataError(f"attention='prefix' goes with layout='codegen2', got {layout!r}")
+    if attention == "prefix" and layout not in ("codegen2", "left-to-right"):
+        raise DataError(
+            f"attention='prefix' goes with layout='codegen2' or 'left-to-right', got {layout!r}"
+        )
 
 
 def _model_and_tokenizer(model: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -497,8 +627,12 @@ def _generate(
     do_sample: bool,
     options: dict[str, Any],
     attention: Attention = "causal",
+    n_given: int | None = None,
 ) -> list[list[int]]:
-    """Return the new tokens of each prompt, the one that stopped it included."""
+    """Return the new tokens of each prompt, the one that stopped it included.
+
+    With prefix attention the first `n_given` tokens see each other: all but the last if None.
+    """
     import torch
 
     width = max(len(prompt) for prompt in prompts)
@@ -517,8 +651,10 @@ def _generate(
         with torch.inference_mode(), warnings.catch_warnings():
             # A chat model's own sampling defaults are no concern of a greedy fill.
             warnings.filterwarnings("ignore", message=".*do_sample.*")
-            if attention == "prefix":
-                options = {**options, "past_key_values": _prefix_cache(model, ids, mask)}
+            if attention == "prefix" and width > 1:
+                n_given = width - 1 if n_given is None else n_given
+                cache = _prefix_cache(model, ids[:, :n_given], mask[:, :n_given])
+                options = {**options, "past_key_values": cache}
             output = model.generate(
                 ids,
                 attention_mask=mask,
@@ -541,13 +677,9 @@ def _generate(
 
 
 def _prefix_cache(model: Any, ids: Tensor, mask: Tensor) -> Any:
-    """Return the keys and values of prompts that see all of themselves but the last token.
-
-    The last token of a prompt is the sentinel asked for, the first that is read causally.
-    """
-    mask = mask[:, :-1]
+    """Return the keys and values of texts that see all of themselves."""
     return model(
-        ids[:, :-1],
+        ids,
         attention_mask=prefix_lm_mask(mask, mask, dtype=model.dtype),
         position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
         use_cache=True,
@@ -584,8 +716,9 @@ def _token_texts(tokenizer: Any) -> list[str]:
     texts: list[str] = tokenizer.batch_decode(
         [[token] for token in range(len(tokenizer))], clean_up_tokenization_spaces=False
     )
-    for token in tokenizer.added_tokens_decoder:
-        texts[token] = ""
+    for token, added in tokenizer.added_tokens_decoder.items():
+        if added.special:
+            texts[token] = ""
     probe = plain_ids(tokenizer, "def heal(x):\n        return  x + 1")
     if "".join(texts[token] for token in probe) != "def heal(x):\n        return  x + 1":
         raise DataError("heal=True needs a byte-level tokenizer, whose tokens' texts simply join")

@@ -37,6 +37,15 @@ from bakeoff.models.attention import backbone
 if TYPE_CHECKING:
     from bakeoff.models import LanguageModel
 
+METHOD = {
+    "slug": "infllm",
+    "title": "Training-free context memory of key-value blocks",
+    "paper": "Xiao et al., InfLLM: Training-Free Long-Context Extrapolation for LLMs with an "
+    "Efficient Context Memory, NeurIPS 2024, arXiv 2402.04617",
+    "designs": ["infllm"],
+    "names": ["InfLLM", "InfLLMCache"],
+}
+
 ATTENTION = "bakeoff_infllm"
 FORMAT = 1
 _PROBE_LENGTH = 12
@@ -65,7 +74,7 @@ class InfLLMCache(Cache):  # type: ignore[misc]
         self.store = BlockStore(patched.offload, patched.offload_folder, patched.cache_capacity)
         super().__init__(
             layers=[
-                LayerMemory(
+                patched.layer_class(
                     patched.settings if settings is None else settings,
                     rotary,
                     self.store,
@@ -331,6 +340,8 @@ class InfLLM:
         self.rotaries = _rotaries(self.backbone)
         n_memories = sum(window is None for window in self.windows)
         self.cache_capacity = max_cached_blocks * n_memories
+        # What its caches are made of; the rivals in document_baselines have another kind.
+        self.layer_class: type[LayerMemory] = LayerMemory
         self._fingerprint: str | None = None
         self._hooks: list[Any] = []
         self._attention_before: str | None = None

@@ -28,6 +28,23 @@ from torch import Tensor, nn
 from bakeoff.errors import DataError, ModelError
 from bakeoff.models.attention import backbone, transformer_layers
 
+METHOD = {
+    "slug": "set-based-prompting",
+    "title": "Set-based prompting",
+    "paper": "McIlroy-Young et al., Order-Independence Without Fine Tuning, NeurIPS 2024, "
+    "arXiv 2406.06581",
+    "designs": ["set-based"],
+    "names": [
+        "OrderEnsembleModel",
+        "PlainOrderModel",
+        "SetBatch",
+        "SetPrompt",
+        "SetPromptingModel",
+        "encode_prompts",
+        "order_free",
+    ],
+}
+
 START, SPLIT, END = "<|start_2d|>", "<|split_2d|>", "<|end_2d|>"
 """Markers of the inline form ``prefix START piece SPLIT piece END suffix``."""
 

@@ -1,1 +1,36 @@
 """How decoding designs are tried out: the family's side of a study, one module per question."""
+
+from importlib import import_module
+from typing import Any
+
+# Loaded on first use: each question brings its own heavy imports.
+_HOMES = {
+    "CASCADE_METRICS": "cascading",
+    "CONSTRAINED_METRICS": "constrained",
+    "CascadeProblem": "cascading",
+    "ConstrainedProblem": "constrained",
+    "INFILLING_METRICS": "infilling",
+    "InfillingProblem": "infilling",
+    "MEMORY_METRICS": "memory",
+    "MemoryProblem": "memory",
+    "ORDER_METRICS": "ordering",
+    "OrderProblem": "ordering",
+    "cascade_designs": "cascading",
+    "constrained_designs": "constrained",
+    "default_cascade_problem": "cascading",
+    "infilling_designs": "infilling",
+    "memory_designs": "memory",
+    "order_designs": "ordering",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

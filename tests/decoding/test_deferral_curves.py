@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from bakeoff.decoding.deferral_curve import (
+from bakeoff.decoding.deferral_curves import (
     choose_threshold,
     cost_saved,
     deferral_auc,
