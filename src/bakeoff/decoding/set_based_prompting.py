@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from bakeoff.errors import DataError, ModelError
 from bakeoff.models.attention import backbone, transformer_layers
+from bakeoff.models.inference import evaluating
 
 METHOD = {
     "slug": "set-based-prompting",
@@ -989,7 +990,7 @@ def _verify(model: Any, inner: Any) -> None:
     hook = inner.register_forward_hook(keep)
 
     try:
-        with torch.no_grad(), _evaluating(inner):
+        with torch.no_grad(), evaluating(inner):
             listed, swapped = states(first, second), states(second, first)
             other = states(changed, second)
             leaking = states(first, second, False), states(second, first, False)
@@ -1032,18 +1033,6 @@ def _difference(a: Tensor, b: Tensor, rows: int = 0) -> float:
     """Return the largest relative distance between corresponding states."""
     a, b = a[rows:], b[rows:]
     return float(((a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-12)).max())
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout off for a while."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 # Answers ------------------------------------------------------------------------------------------
@@ -1285,7 +1274,7 @@ class _PromptModel:
         settings.pad_token_id = _pad_id(self.tokenizer)
         rest = settings.update(**rest)
         batch = batch.to(self.model.device)
-        with torch.no_grad(), _evaluating(self.model), order_free(self.model, batch):
+        with torch.no_grad(), evaluating(self.model), order_free(self.model, batch):
             return self.model.generate(**batch, generation_config=settings, **rest)
 
     def _score_orders(
@@ -1367,7 +1356,7 @@ class _PromptModel:
         arguments: dict[str, Any] = {"use_cache": False}
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
             arguments["logits_to_keep"] = keep
-        with torch.no_grad(), _evaluating(self.model), order_free(self.model, batch):
+        with torch.no_grad(), evaluating(self.model), order_free(self.model, batch):
             logits = self.model(**batch, **arguments).logits[:, -keep:]
         results = []
         for number, (options, order) in enumerate(zip(choices, sorted_choices, strict=True)):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from bakeoff.errors import DataError
 from bakeoff.models.encoding import token_budget_batches
+from bakeoff.models.inference import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ def response_losses(
     )
     done = 0
     budget = batch_tokens or _batch_tokens(model)
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for rows in token_budget_batches([len(s) for s in sequences], budget):
             ids, mask = _left_padded([sequences[row] for row in rows], model.device)
             # The last of these logits predicts what follows the text.
@@ -172,7 +172,7 @@ def option_losses(
     losses = np.zeros((len(prompts), len(options)))
     done = 0
     budget = batch_tokens or _batch_tokens(model)
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for rows in token_budget_batches([len(p) for p in prompts], budget):
             ids, mask = _left_padded([prompts[row] for row in rows], model.device)
             output = _run(model, ids, mask, keep=1, use_cache=True)
@@ -295,14 +295,3 @@ def _batch_tokens(model: Any) -> int:
 
     on_cpu = model.device.type == "cpu"
     return _BATCH_TOKENS_PER_THREAD * torch.get_num_threads() if on_cpu else 16_384
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Put a model in eval mode for a while."""
-    was_training = bool(model.training)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

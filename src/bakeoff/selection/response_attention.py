@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bakeoff.errors import DataError, ModelError
+from bakeoff.models.inference import evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +131,7 @@ def visit_attention_rows(
     n_seen = len(prefix)
     # Plain attention builds rows x keys at once: a model that uses it reads the prefix in blocks.
     whole = getattr(model.config, "_attn_implementation", None) != "eager"
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         cache = None
         for start in range(0, n_seen, n_seen if whole else block):
             stop = n_seen if whole else min(start + block, n_seen)
@@ -198,17 +199,6 @@ def _numbers(chosen: Chosen, n: int, name: str) -> list[int]:
             f"{outside[0] if outside else 'none'}"
         )
     return sorted({number % n for number in numbers})
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Switch dropout off for a while."""
-    training = bool(model.training)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager
