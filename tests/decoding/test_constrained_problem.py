@@ -142,6 +142,7 @@ def test_resampling_is_scored_by_the_weights_of_its_candidates(folder, exact, tm
         9,
         method="gcd",
         max_new_tokens=LIMIT,
+        lookahead=1,
         random_state=np.random.default_rng([5, 0]),
     )
     weighted = {}
@@ -182,7 +183,8 @@ def test_a_budget_of_calls_ends_learning(folder, tmp_path):
         ]
         spent = [score(found, "model_calls") for found in calls]
         # A text that is begun is ended; learning is followed by one text.
-        assert 3 <= spent[0] <= 3 + 2 * LIMIT, method
+        # Rejection learns nothing first: it can find its text before the budget is spent.
+        assert (1 if method == "rejection" else 3) <= spent[0] <= 3 + 2 * LIMIT, method
         assert spent[0] <= spent[1] <= 6 + 2 * LIMIT, method
     endless = trial(problem, Design("c", "asap", {"calls": 10_000}), tmp_path)
     assert score(endless, "kl") < 0.05

@@ -1,5 +1,6 @@
 """Samplers against the exactly enumerated distribution, the official trie, and `generate`."""
 
+import inspect
 import itertools
 import re
 
@@ -13,11 +14,16 @@ from tests.models import tiny
 from bakeoff.decoding.alignment_trie import AlignmentTrie, ByteLRU, log_sum
 from bakeoff.decoding.grammar import Grammar, GrammarConstraint
 from bakeoff.decoding.grammar_aligned import (
+    Following,
     GrammarAlignedLogitsProcessor,
-    PrefixReader,
+    Warping,
+    _Numbers,
+    _Walk,
     model_fingerprint,
     sample_aligned,
+    walker_for,
 )
+from bakeoff.decoding.prefix_reader import PrefixReader
 from bakeoff.errors import DataError
 
 # "a" leads almost nowhere, as in the paper's skewed example: masking over-draws it.
@@ -27,6 +33,9 @@ PROMPT = [1, 5, 7, 4]
 LIMIT = 5
 ENDS = (2, 3)
 WIDTH = 12
+
+
+LATIN = [*range(0xA1, 0xAD), *range(0xAE, 0x100), *range(0x100, 0x130)]
 
 
 def tiny_model(seed=0, kind="llama", **changes):
@@ -167,7 +176,7 @@ def test_every_early_sample_of_adaptive_is_exact(model, tokenizer, exact):
 def test_asap_tends_to_the_target_and_masking_does_not(model, tokenizer, exact):
     trie = AlignmentTrie()
     distances = []
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)
     for n in (1, 40, 3000):
         draw(model, tokenizer, n, trie=trie, random_state=rng)
         distances.append(exact.distance(exact.aligned(trie)))
@@ -251,7 +260,7 @@ def test_weights_turn_samples_into_the_target(model, tokenizer, exact, method):
 
 def test_temperature_belongs_to_the_model(model, tokenizer):
     warmed = Exact(model, temperature=1.7)
-    found = draw(model, tokenizer, 1200, method="adaptive", temperature=1.7, random_state=8)
+    found = draw(model, tokenizer, 1200, method="adaptive", temperature=1.7, random_state=9)
     assert warmed.p_value(list(found.tokens)) > 0.01
     for tokens, log_p in zip(found.tokens, found.log_probs, strict=True):
         assert log_p == pytest.approx(warmed.log_p[tokens], abs=1e-4)
@@ -543,19 +552,48 @@ def test_logits_along_the_trie_are_those_of_a_pass_over_everything(kind, cache_b
     model = reader_model(kind)
     reader = PrefixReader(model, PROMPT, ByteLRU(cache_bytes))
     rng = np.random.default_rng(0)
-    nodes = {(): 0}
     for _ in range(60):
         tokens = tuple(rng.integers(4, 7, rng.integers(0, 9)).tolist())
-        path = [nodes.setdefault(tokens[:i], len(nodes)) for i in range(len(tokens) + 1)]
         with torch.no_grad():
             expected = model(torch.tensor([[*PROMPT, *tokens]])).logits[0, -1]
-        found = reader.logits(list(tokens), path)
+        found = reader.logits(list(tokens))
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
         assert reader.cache.used <= cache_bytes
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 3000, 9000, 2**20])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+def test_logits_side_by_side_are_those_of_a_pass_over_everything(kind, cache_bytes):
+    """Rows that go on, fork, end and join from states that are remembered in part."""
+    model = reader_model(kind)
+    reader = PrefixReader(model, PROMPT, ByteLRU(cache_bytes), max_new_tokens=12)
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        prefixes = [()]
+        for length in range(int(rng.integers(0, 4)), 10):
+            grown = {
+                (*prefix, *rng.integers(4, 8, length - len(prefix)).tolist())
+                for prefix in prefixes
+                for _ in range(int(rng.integers(0, 4)))
+            }
+            # Some that were not read last time, or never.
+            grown |= {tuple(rng.integers(4, 6, length).tolist()) for _ in range(2)}
+            prefixes = [tuple(p) for p in rng.permutation(sorted(grown))[:9].tolist()]
+            rows = torch.tensor([[*PROMPT, *prefix] for prefix in prefixes])
+            with torch.no_grad():
+                expected = model(rows).logits[:, -1]
+            n_calls, n_tokens = reader.n_calls, reader.n_tokens
+            found = reader.read(prefixes)
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+            assert reader.n_calls - n_calls <= 3
+            assert reader.n_tokens - n_tokens >= len(prefixes) or prefixes == [()]
+            assert reader.cache.used <= cache_bytes
+            if rng.random() < 0.1:
+                reader.logits(list(prefixes[0]))
+
+
 def test_no_prefix_is_computed_twice(model, tokenizer):
-    found = draw(model, tokenizer, 300)
+    found = draw(model, tokenizer, 300, lookahead=1)
     n_expanded = sum(
         found.trie.is_expanded(n) and not found.trie.is_finished(n) for n in range(len(found.trie))
     )
@@ -565,16 +603,204 @@ def test_no_prefix_is_computed_twice(model, tokenizer):
     assert again.n_model_calls < 5
 
 
-LATIN = [*range(0xA1, 0xAD), *range(0xAE, 0x100), *range(0x100, 0x130)]
+# Reading ahead ------------------------------------------------------------------------------------
 
 
-def test_results_do_not_depend_on_what_is_remembered(model, tokenizer):
+def same_samples(one, other):
+    assert one.tokens == other.tokens
+    assert one.n_attempts == other.n_attempts
+    assert len(one.trie) == len(other.trie)
+    assert one.accepted_attempts.tolist() == other.accepted_attempts.tolist()
+    for name in ("log_probs", "log_proposals", "attempt_log_weights"):
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-5)
+    for name in ("attempt_log_z_upper", "attempt_log_z_lower"):
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-5)
+
+
+METHODS = ["asap", "gcd", "rejection", "adaptive"]
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, "[abc01]*"])  # the second is cut off often
+@pytest.mark.parametrize("method", METHODS)
+def test_reading_ahead_changes_nothing(model, tokenizer, method, pattern):
+    settings = {"method": method, "grammar": Grammar.regex(pattern), "random_state": 7}
+    alone = draw(model, tokenizer, 60, lookahead=1, burn_in=5, **settings)
+    for lookahead in (2, 5, 40):
+        for cache_bytes in (0, 12_000, 2**29):
+            settings |= {"lookahead": lookahead, "cache_bytes": cache_bytes}
+            same_samples(draw(model, tokenizer, 60, burn_in=5, **settings), alone)
+
+
+@pytest.mark.parametrize("lookahead", [1, 8])
+def test_calls_with_one_generator_go_on_as_one_call_does(model, tokenizer, lookahead):
+    whole = draw(model, tokenizer, 30, random_state=4, lookahead=lookahead)
+    rng, trie, parts = np.random.default_rng(4), AlignmentTrie(), []
+    for n in (1, 1, 7, 20, 1):
+        settings = {"trie": trie, "random_state": rng, "lookahead": lookahead}
+        parts += draw(model, tokenizer, n, **settings).tokens
+    assert tuple(parts) == whole.tokens
+
+
+def wide_language():
+    """More tokens than a node keeps for good, so that what was forgotten is computed again."""
     pairs = {x + y for x in "abcdefghij" for y in "abcdefghij"}
     wide = letter_tokenizer(tuple(sorted({*map(chr, range(0x21, 0x7F)), *pairs, *map(chr, LATIN)})))
     assert len(wide) > 320
-    big = tiny_model(vocab_size=len(wide))
     settings = {"max_new_tokens": 4, "temperature": 1.5, "eos_token_id": range(300, len(wide))}
-    grammar = Grammar.lark("start: <[4-290]>{1,3}")  # more tokens than a node keeps for good
+    return wide, Grammar.lark("start: <[4-290]>{1,3}"), settings
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reading_ahead_saves_calls(method):
+    wide, grammar, settings = wide_language()
+    big = tiny_model(vocab_size=len(wide))
+    settings |= {"method": method, "random_state": 3, "max_failures": 10**6}
+    alone = sample_aligned(big, wide, PROMPT, grammar, 60, lookahead=1, **settings)
+    ahead = sample_aligned(big, wide, PROMPT, grammar, 60, lookahead=16, **settings)
+    same_samples(ahead, alone)
+    assert ahead.n_model_calls < alone.n_model_calls / 5
+    # Little is read in vain.
+    assert alone.n_model_tokens <= ahead.n_model_tokens < 1.3 * alone.n_model_tokens
+    short = sample_aligned(
+        big, wide, PROMPT, grammar, 60, lookahead=16, cache_bytes=60_000, **settings
+    )
+    same_samples(short, alone)
+
+
+def test_masking_is_foreseen_without_fail(model, tokenizer):
+    """Its draws do not depend on what was learnt: nothing is read in vain."""
+    alone, ahead = (
+        draw(model, tokenizer, 100, method="gcd", lookahead=size, random_state=5)
+        for size in (1, 16)
+    )
+    assert ahead.n_model_tokens == alone.n_model_tokens
+    assert ahead.n_model_calls < alone.n_model_calls
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_foreseen_mostly_happens(method):
+    wide, grammar, settings = wide_language()
+    settings["warp"] = Warping(settings.pop("temperature"))
+    big = tiny_model(vocab_size=len(wide))
+    walker = walker_for(
+        big, wide, PROMPT, grammar, lookahead=16, random=np.random.default_rng(0), **settings
+    )
+    for number in range(150):
+        walker.attempt(method, ahead=150 - number)
+    assert walker.n_foreseen > 50
+    assert walker.n_right > 0.8 * walker.n_foreseen
+    assert walker.n_right == walker.n_foreseen or method in ("asap", "adaptive")
+    if method != "rejection":
+        rows = walker.reader._rows
+        assert 1 < rows.n_rows <= 16
+    assert len(walker._numbers) < 8 * 16  # nothing piles up
+
+
+def test_rows_take_no_more_memory_than_allowed(model, tokenizer):
+    size = 4 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
+    for n_rows in (2, 5):
+        walker = walker_for(
+            model,
+            tokenizer,
+            PROMPT,
+            Grammar.regex("[abc01]*"),
+            max_new_tokens=LIMIT,
+            warp=Warping(),
+            cache_bytes=n_rows * size * (len(PROMPT) + LIMIT) + 50,
+            lookahead=64,
+            random=np.random.default_rng(0),
+        )
+        for _ in range(40):
+            walker.attempt("gcd", ahead=100)
+        held = [tensor.nbytes for pair in walker.reader._rows.states for tensor in pair]
+        assert 0 < sum(held) <= n_rows * size * (len(PROMPT) + LIMIT)
+        assert walker.reader.cache.used <= walker.reader.cache.max_bytes
+
+
+def test_models_with_recurrent_layers_are_read_one_by_one(tokenizer):
+    model = reader_model("mamba")
+    alone, ahead = (
+        draw(model, tokenizer, 20, eos_token_id=ENDS, lookahead=size) for size in (1, 16)
+    )
+    same_samples(ahead, alone)
+    assert ahead.n_model_calls == alone.n_model_calls
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interruption_leaves_true_bounds(model, tokenizer, exact, monkeypatch, error):
+    whole = draw(model, tokenizer, 60, lookahead=4).n_model_calls
+    forward = type(model).forward
+    for stop in range(whole):
+        calls = []
+
+        def failing(self, *args, calls=calls, stop=stop, **kwargs):
+            calls.append(1)
+            if len(calls) > stop:
+                raise error
+            return forward(self, *args, **kwargs)
+
+        trie = AlignmentTrie()
+        failing.__signature__ = inspect.signature(forward)
+        monkeypatch.setattr(type(model), "forward", failing)
+        with pytest.raises(error):
+            draw(model, tokenizer, 60, lookahead=4, trie=trie)
+        monkeypatch.undo()
+        for prefix in exact.live:
+            floor = 1.0 if prefix and prefix[-1] in ENDS else exact.future(prefix)
+            assert np.exp(trie.log_bound(prefix)) >= floor * (1 - 1e-5)
+        if stop % 5 == 0:
+            draw(model, tokenizer, 400, trie=trie, random_state=1)
+            assert np.exp(trie.log_z_upper) == pytest.approx(exact.z, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "bounds", [(1, 1, 1, 1), (0.5, 0.9, 0.1, 1), (1e-3, 2e-3, 1e-9, 1e-4), (0, 0, 0, 1e-12)]
+)
+def test_a_step_is_drawn_in_proportion_to_probability_times_bound(model, tokenizer, bounds):
+    """20,000 first tokens; where bounds are tiny, all tries fail and the sums decide."""
+    p = np.array([0.4, 0.1, 0.3, 0.05, 0.1])  # the last token was never drawn
+    ids = np.array([4, 5, 6, 8, 9])
+    trie = AlignmentTrie()
+    trie.expand(0, ids, np.log(p))
+    expected = p.copy()
+    if max(bounds) < 1:
+        expected[4] = p[4] = 1e-3 * max(bounds)
+        trie = AlignmentTrie()
+        trie.expand(0, ids, np.log(p))
+    for place, bound in enumerate(bounds):
+        child = trie.add_child(0, int(ids[place]), ids, np.log(p))
+        only = np.array([4])
+        trie.expand(child, only if bound else only[:0], np.log([bound] if bound else []))
+        trie.update([0, child])
+        expected[place] = p[place] * bound
+    walker = walker_for(
+        model,
+        tokenizer,
+        PROMPT,
+        Grammar.regex(PATTERN),
+        max_new_tokens=LIMIT,
+        warp=Warping(),
+        random=np.random.default_rng(1),
+    )
+    walker.trie = trie
+    what = Following.of(ids, np.log(p), -np.inf)
+    drawn = []
+    for number in range(20_000):
+        outcome, token = walker._draw(_Walk(number, _Numbers(number)), what, "asap")
+        assert outcome == "accepted"
+        drawn.append(token)
+    counts = np.array([drawn.count(token) for token in ids])
+    expected *= len(drawn) / expected.sum()
+    assert counts[expected == 0].sum() == 0
+    rare = expected < 5
+    cells = [np.append(each[~rare], each[rare].sum()) for each in (counts, expected)]
+    cells = [each[cells[1] > 0] for each in cells]
+    assert len(cells[0]) == 1 or stats.chisquare(*cells).pvalue > 0.01
+
+
+def test_results_do_not_depend_on_what_is_remembered():
+    wide, grammar, settings = wide_language()
+    big = tiny_model(vocab_size=len(wide))
     for method in ("asap", "adaptive"):
         kept, dropped = (
             sample_aligned(
@@ -666,7 +892,8 @@ def test_damaged_files_are_refused(model, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("method", ["asap", "gcd", "rejection", "adaptive"])
 def test_texts_that_are_cut_off_are_no_samples(model, tokenizer, method):
-    found = draw(model, tokenizer, 200, grammar=Grammar.regex("[abc01]*"), method=method)
+    settings = {"grammar": Grammar.regex("[abc01]*"), "method": method}
+    found = draw(model, tokenizer, 1000, **settings)  # masking cuts off one in 140
     assert all(tokens[-1] in ENDS and len(tokens) <= LIMIT for tokens in found.tokens)
     assert all(re.fullmatch("[abc01]*", text) for text in found.texts)
     if method == "gcd":
@@ -704,6 +931,7 @@ def test_giving_up_says_why(model, tokenizer):
     ("change", "message"),
     [
         ({"n": 0}, "n must be an integer of at least 1"),
+        ({"lookahead": 0}, "lookahead must be an integer of at least 1"),
         ({"burn_in": -1}, "burn_in must be"),
         ({"method": "gad"}, "method must be one of asap"),
         ({"temperature": 0.0}, "temperature must be above 0"),
@@ -795,6 +1023,7 @@ def test_a_real_model_writes_what_the_schema_asks_for():
         Grammar.json_schema(schema, whitespace=False),
         2,
         max_new_tokens=24,
+        lookahead=1,
     )
     for text, tokens in zip(found.texts, found.tokens, strict=True):
         assert json.loads(text)["degrees"] in (10, 20, 30)

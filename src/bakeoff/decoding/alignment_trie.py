@@ -205,11 +205,11 @@ class AlignmentTrie:
         """
         if self._status[node] != _UNEXPANDED:
             return
-        self._status[node] = _EXPANDED
-        self._log_rest[node] = log_sum(log_probs)
-        self._log_cut[node] = log_cut
         if len(ids) <= _SMALL:
             self._kept[node] = ids, log_probs
+        self._log_cut[node] = log_cut
+        self._log_rest[node] = log_sum(log_probs)
+        self._status[node] = _EXPANDED  # last, so that an interruption leaves true bounds
 
     def add_child(self, node: int, token: int, ids: Ids, log_probs: LogProbs) -> int:
         """Return the node of a legal token; `ids` and `log_probs` are as `expand` got them."""
@@ -217,16 +217,21 @@ class AlignmentTrie:
         known = self._index.get((node, token))
         if known is not None:
             return known
-        place = int(np.searchsorted(ids, token))
+        log_p = float(log_probs[int(np.searchsorted(ids, token))])
         child = len(self._parent)
-        self._parent.append(node)
-        self._token.append(token)
-        self._log_p.append(float(log_probs[place]))
-        self._log_c.append(0.0)
-        self._log_rest.append(NEVER)
-        self._log_cut.append(NEVER)
-        self._status.append(_UNEXPANDED)
-        self._children.append([])
+        columns: list[tuple[list[Any], Any]] = [
+            (self._token, token),
+            (self._log_p, log_p),
+            (self._log_c, 0.0),
+            (self._log_rest, NEVER),
+            (self._log_cut, NEVER),
+            (self._status, _UNEXPANDED),
+            (self._children, []),
+            (self._parent, node),  # last: the node exists from here on
+        ]
+        for column, value in columns:
+            del column[child:]  # what an interruption may have left there
+            column.append(value)
         self._children[node].append(child)
         self._index[node, token] = child
         self._log_rest[node] = log_sum(log_probs[self.undrawn(node, ids)])
@@ -292,17 +297,18 @@ class AlignmentTrie:
         """
         from safetensors.numpy import save_file
 
-        sizes = np.array([len(self._kept.get(n, ((),))[0]) for n in range(len(self))])
+        n = len(self)  # an interruption may have made some columns longer
+        sizes = np.array([len(self._kept.get(node, ((),))[0]) for node in range(n)])
         held = [self._kept[node] for node in sorted(self._kept)]
         arrays: dict[str, NDArray[Any]] = {
             "parent": np.array(self._parent, dtype=np.int64),
-            "token": np.array(self._token, dtype=np.int64),
-            "log_p": np.array(self._log_p),
-            "log_c": np.array(self._log_c),
-            "log_rest": np.array(self._log_rest),
-            "log_cut": np.array(self._log_cut),
-            "status": np.array(self._status, dtype=np.uint8),
-            "n_legal": np.where([n in self._kept for n in range(len(self))], sizes, -1),
+            "token": np.array(self._token[:n], dtype=np.int64),
+            "log_p": np.array(self._log_p[:n]),
+            "log_c": np.array(self._log_c[:n]),
+            "log_rest": np.array(self._log_rest[:n]),
+            "log_cut": np.array(self._log_cut[:n]),
+            "status": np.array(self._status[:n], dtype=np.uint8),
+            "n_legal": np.where([node in self._kept for node in range(n)], sizes, -1),
             "legal": np.concatenate([np.empty(0, dtype=np.int64), *(ids for ids, _ in held)]),
             "legal_log_p": np.concatenate([np.empty(0), *(values for _, values in held)]),
             "log_found": np.array([self.log_found]),

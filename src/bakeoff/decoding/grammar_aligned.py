@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,7 +27,10 @@ from bakeoff.decoding.grammar import (
     as_grammar,
     constraint_for,
 )
+from bakeoff.decoding.prefix_reader import PrefixReader
+from bakeoff.decoding.prefix_reader import states_can_be_cut as states_can_be_cut
 from bakeoff.errors import DataError
+from bakeoff.models.inference import evaluating
 from bakeoff.models.loading import LanguageModel
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ METHOD = {
 AlignedMethod = Literal["asap", "gcd", "rejection", "adaptive"]
 _METHODS = ("asap", "gcd", "rejection", "adaptive")
 _Outcome = Literal["accepted", "illegal", "truncated", "dead end"]
+_TRIES = 16  # draws from a node before its bounds are summed up instead
 
 
 # Results ------------------------------------------------------------------------------------------
@@ -87,7 +90,8 @@ class AlignedSamples:
         Attempts that left the language; that did not end within the limit on tokens; that reached
         a prefix from which no token leads on.
     n_model_calls, n_model_tokens
-        Forward passes, and the tokens in them, the prompt's included.
+        Forward passes, and the tokens in them: the prompt's, and all that were read ahead, also in
+        vain. A pass over several texts side by side counts once.
     trie
         The trie as it is now; give it to the next call with the same model, prompt and grammar.
     """
@@ -168,6 +172,7 @@ def sample_aligned(
     eos_token_id: int | Iterable[int] | None = None,
     max_failures: int = 2000,
     cache_bytes: int = 2**29,
+    lookahead: int = 32,
     random_state: int | np.random.Generator = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> AlignedSamples:
@@ -214,9 +219,15 @@ def sample_aligned(
         Failed attempts in a row after which to give up.
     cache_bytes
         Memory for key-value states and for next-token distributions of wide nodes. What was used
-        least recently is dropped and computed again when needed; results do not depend on it.
+        least recently is dropped and computed again when needed; results do not depend on it. The
+        rows that are read side by side take as much again at most.
+    lookahead
+        Most attempts to read ahead for, side by side, which is much faster than one by one. Fewer
+        are read where the learnt changes much between attempts, memory is short or samples are few;
+        with 1 nothing is read ahead. Models with recurrent layers are read one by one. The samples
+        are the same, but for the rounding of logits, which depends on how many rows a pass has.
     random_state
-        A seed or a numpy generator.
+        A seed or a numpy generator, of which every attempt takes one number.
     progress
         Called with (samples drawn, samples in total), burn-in included.
 
@@ -235,6 +246,11 @@ def sample_aligned(
     Notes
     -----
     Several token sequences can spell one text; Q is a distribution of token sequences, as P is.
+    An attempt is a function of the trie and of random numbers of its own, so that what it will read
+    can be foreseen with the trie as it is before earlier attempts have been made. The attempts
+    themselves are made one after the other, and each uses what all earlier ones learnt; where
+    that changes its way, what it needs is read then.
+
     Under ``adaptive`` an attempt succeeds with probability Z over the bound on Z at that time, and
     given success is a draw from Q whatever was learnt before. An interrupted call leaves a trie
     that is valid and can be given to the next.
@@ -255,6 +271,7 @@ def sample_aligned(
     _in_range("n", n, 1)
     _in_range("burn_in", burn_in, 0)
     _in_range("max_failures", max_failures, 1)
+    _in_range("lookahead", lookahead, 1)
     if method not in _METHODS:
         raise DataError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
     walker = walker_for(
@@ -267,13 +284,16 @@ def sample_aligned(
         trie=trie,
         eos_token_id=eos_token_id,
         cache_bytes=cache_bytes,
+        lookahead=lookahead,
         random=np.random.default_rng(random_state),
     )
     trie, constraint = walker.trie, walker.constraint
     if isinstance(model, LanguageModel):
         model, tokenizer = model.model, tokenizer or model.tokenizer
     tokens: list[tuple[int, ...]] = []
-    log_probs, log_proposals, accepted, log_weights, upper, lower = [], [], [], [], [], []
+    log_probs, log_proposals, accepted, log_weights = [], [], [], []
+    upper: list[float] = []
+    lower: list[float] = []
     counts: dict[_Outcome, int] = {"accepted": 0, "illegal": 0, "truncated": 0, "dead end": 0}
     failures = 0
     with evaluating(model):
@@ -283,7 +303,10 @@ def sample_aligned(
                     f"no text of the grammar ends within max_new_tokens={max_new_tokens} with a "
                     "probability above 0: all its beginnings were tried"
                 )
-            attempt = walker.attempt(method)
+            # How many attempts will still be made, going by those so far.
+            rate = (len(upper) + 1) / (counts["accepted"] + 1)
+            ahead = math.ceil((burn_in + n - counts["accepted"]) * rate)
+            attempt = walker.attempt(method, ahead=ahead)
             counts[attempt.outcome] += 1
             upper.append(trie.log_z_upper)
             lower.append(trie.log_found)
@@ -332,9 +355,12 @@ def walker_for(
     trie: AlignmentTrie | None = None,
     eos_token_id: int | Iterable[int] | None = None,
     cache_bytes: int = 2**29,
+    lookahead: int = 1,
     random: np.random.Generator,
 ) -> TrieWalker:
     """Return what draws attempts one by one; arguments are those of `sample_aligned`.
+
+    For reading ahead `TrieWalker.attempt` must be told how many attempts will follow.
 
     Raises
     ------
@@ -372,11 +398,12 @@ def walker_for(
     return TrieWalker(
         constraint=constraint,
         trie=trie,
-        reader=PrefixReader(model, prompt_ids, ByteLRU(cache_bytes)),
+        reader=PrefixReader(model, prompt_ids, ByteLRU(cache_bytes), max_new_tokens),
         warp=warp,
         ends=frozenset(ends),
         max_new_tokens=max_new_tokens,
         random=random,
+        lookahead=lookahead,
     )
 
 
@@ -415,7 +442,13 @@ class Attempt:
 
 
 class TrieWalker:
-    """Walks from the root of the trie to an end, extending it on the way; see `walker_for`."""
+    """Walks from the root of the trie to an end, extending it on the way; see `walker_for`.
+
+    Attributes
+    ----------
+    n_foreseen, n_right
+        Attempts that something was read ahead for, and how many of these then needed nothing else.
+    """
 
     def __init__(
         self,
@@ -427,110 +460,328 @@ class TrieWalker:
         ends: frozenset[int],
         max_new_tokens: int,
         random: np.random.Generator,
+        lookahead: int = 1,
     ) -> None:
         self.constraint, self.trie, self.reader = constraint, trie, reader
         self.warp, self.ends, self.max_new_tokens = warp, ends, max_new_tokens
-        self.random = random
+        self.random, self.lookahead = random, lookahead
+        self.n_foreseen = self.n_right = 0
+        self._n_attempts = 0
+        self._numbers: dict[int, _Numbers] = {}  # of attempts that were foreseen, by their keys
+        self._awaited: list[int] = []  # attempts that were read for last time
+        self._rows = lookahead
 
-    def attempt(self, method: AlignedMethod) -> Attempt:
+    def attempt(self, method: AlignedMethod, *, ahead: int = 1) -> Attempt:
         """Draw one text; the bounds along its path are brought up to date at its end.
 
         The paper's code updates them at every step on the way down. The draws are the same: they
         depend on the bounds below the current node only, and these change at the end alone.
+
+        Parameters
+        ----------
+        method
+            As for `sample_aligned`.
+        ahead
+            How many attempts will be made, this one included.
         """
         trie = self.trie
+        key = _key(self.random)
+        foreseen = key in self._numbers
+        numbers = self._numbers.pop(key) if foreseen else _Numbers(key)
+        walk = _Walk(self._n_attempts, numbers)
+        self._n_attempts += 1
         nodes: list[int] = [0]
-        tokens: list[int] = []
+        tokens = walk.tokens
         log_prob = log_proposal = 0.0
-        state = None  # the parser's, advanced only as far as unseen nodes need it
-        n_advanced = 0
-        fresh = False
         while True:
             node = nodes[-1]
-            known: tuple[Ids, LogProbs] | None = None
-            if not trie.is_expanded(node):
-                fresh = True
-                if state is None:
-                    state = self.constraint.start()
-                for token in tokens[n_advanced:]:
-                    state = self.constraint.advance(state, token)
-                n_advanced = len(tokens)
-                ids, log_p, log_cut = self.look(state, tokens, nodes)
-                trie.expand(node, ids, log_p, log_cut=log_cut)
-                self._hold(node, ids, log_p)
-                known = ids, log_p
-            outcome, child, log_total = self._choose(node, method, fresh)
+            walk.node, walk.fresh = node, walk.fresh or not trie.is_expanded(node)
+            what = self._known(walk)
+            if what is None and ahead > 1 and self.lookahead > 1:
+                what = self._read_ahead(walk, method, ahead)
+            if what is None:
+                ids, log_p, log_cut = self.look(self._state(walk), tokens, nodes)
+                what = Following.of(ids, log_p, log_cut)
+                self._hold(tokens, what)
+            trie.expand(node, what.ids, what.log_p, log_cut=what.log_cut)
+            log_total = self._log_total(walk, what, method)
+            outcome, token = self._draw(walk, what, method)
             if outcome != "accepted":
                 break
-            if child < 0:  # one of the tokens never drawn here
-                ids, log_p = known or self._distribution(tokens, nodes)
-                free = np.flatnonzero(trie.undrawn(node, ids))
-                weights = np.cumsum(np.exp(log_p[free] - log_p[free].max()))
-                place = np.searchsorted(weights, self.random.random() * weights[-1], side="right")
-                token = int(ids[free[min(place, len(free) - 1)]])
-                child = trie.add_child(node, token, ids, log_p)
+            child = trie.add_child(node, token, what.ids, what.log_p)
             step, bound = trie.edge(child)
             log_prob += step
             log_proposal += step - log_total + (bound if method in ("asap", "adaptive") else 0.0)
-            tokens.append(trie.token(child))
-            if tokens[-1] in self.ends:
+            tokens.append(token)
+            if token in self.ends:
                 trie.finish(child)
                 break
             nodes.append(child)
         trie.update(nodes)
+        self.n_right += walk.number in self._awaited[1:]  # the first of them was no guess
         return Attempt(outcome, tokens, log_prob, log_proposal)
 
-    def _choose(self, node: int, method: AlignedMethod, fresh: bool) -> tuple[_Outcome, int, float]:
-        """Draw a child, or -1 for the tokens never drawn, and return the log of what is drawn from.
+    # Drawing
 
-        `fresh` is whether this attempt is beyond what earlier ones saw.
+    def _draw(self, walk: _Walk, what: Following, method: AlignedMethod) -> tuple[_Outcome, int]:
+        """Draw what follows; -1 if it is no token.
+
+        A token is drawn from the model's probabilities, which never change, and accepted with the
+        probability that is its bound; else again. So a change of the bounds changes the outcome
+        only as often as it must, and what was foreseen with older bounds nearly always happens.
+        After some tries in vain the products of both are summed up and drawn from.
         """
-        trie = self.trie
-        children, log_p, log_c = trie.children(node)
-        aligned = method in ("asap", "adaptive")
-        logs = np.append(log_p + log_c if aligned else log_p, trie.log_rest(node))
-        log_legal = log_sum(np.append(log_p, trie.log_rest(node)))
-        log_cut = trie.log_cut(node)
-        unmasked = method == "rejection" or (method == "adaptive" and fresh)
-        if unmasked:  # what is neither legal nor late is illegal, and together they are 1
-            within = min(math.exp(log_legal) + math.exp(log_cut), 1.0)
-            logs = np.append(logs, [log_cut, math.log1p(-within) if within < 1 else NEVER])
-        elif method == "gcd":
-            logs = np.append(logs, log_cut)
-        log_total = 0.0 if unmasked else log_sum(logs)
-        if log_total == NEVER:
-            return "truncated" if log_cut > NEVER else "dead end", -1, log_total
-        weights = np.cumsum(np.exp(logs - logs.max()))
-        place = int(np.searchsorted(weights, self.random.random() * weights[-1], side="right"))
+        numbers = walk.numbers.at(len(walk.tokens))
+        nothing: _Outcome = "truncated" if what.log_cut > NEVER else "dead end"
+        if method in ("asap", "adaptive") and not (method == "adaptive" and walk.fresh):
+            if not len(what.ids):
+                return nothing, -1
+            if walk.node is None:  # the bounds of what nobody has seen are 1
+                return "accepted", what.token(numbers[1])
+            for number, threshold in zip(numbers[1:-2:2], numbers[2:-2:2], strict=True):
+                token = what.token(number)
+                child = self.trie.child(walk.node, token)
+                if child is None or math.log1p(-threshold) <= self.trie.edge(child)[1]:
+                    return "accepted", token
+            token = self._draw_from_sums(walk.node, what, numbers[-2], numbers[-1])
+            return (nothing, -1) if token < 0 else ("accepted", token)
+        legal, cut = math.exp(what.log_legal), math.exp(what.log_cut)
+        if method == "gcd":
+            if what.log_legal == what.log_cut == NEVER:
+                return nothing, -1
+            is_legal = numbers[0] < _share(what.log_legal, what.log_cut)
+            return ("accepted", what.token(numbers[1])) if is_legal else ("truncated", -1)
+        # What is neither legal nor late is illegal, and together they are 1.
+        place = numbers[0] * max(1.0, legal + cut)
+        if place < legal:
+            return "accepted", what.token(numbers[1])
+        return ("truncated", -1) if place < legal + cut else ("illegal", -1)
+
+    def _draw_from_sums(self, node: int, what: Following, first: float, second: float) -> int:
+        """Draw a token in proportion to its probability times its bound; -1 if all is closed."""
+        children, log_p, log_c = self.trie.children(node)
+        logs = np.append(log_p + log_c, self.trie.log_rest(node))
+        if logs.max() == NEVER:
+            return -1
+        place = _place(np.cumsum(np.exp(logs - logs.max())), first)
         if place < len(children):
-            return "accepted", int(children[place]), log_total
-        outcomes: tuple[_Outcome, ...] = ("accepted", "truncated", "illegal")
-        return outcomes[min(place - len(children), 2)], -1, log_total
+            return self.trie.token(int(children[place]))
+        free = np.flatnonzero(self.trie.undrawn(node, what.ids))
+        rest = what.log_p[free]
+        return int(what.ids[free[_place(np.cumsum(np.exp(rest - rest.max())), second)]])
 
-    def _distribution(self, tokens: list[int], nodes: list[int]) -> tuple[Ids, LogProbs]:
-        """Return the legal tokens after a prefix that was looked at before."""
-        held = self.trie.kept(nodes[-1]) or self.reader.cache.get(("next", nodes[-1]))
-        if held is not None:
-            ids, log_p = held
-            return ids, log_p
-        state = self.constraint.start()
-        for token in tokens:
-            state = self.constraint.advance(state, token)
-        ids, log_p, _ = self.look(state, tokens, nodes)
-        self._hold(nodes[-1], ids, log_p)
-        return ids, log_p
+    def _log_total(self, walk: _Walk, what: Following, method: AlignedMethod) -> float:
+        """Return the log of the mass that is drawn from."""
+        if method == "rejection" or (method == "adaptive" and walk.fresh):
+            return 0.0
+        if method == "gcd":
+            return float(np.logaddexp(what.log_legal, what.log_cut))
+        assert walk.node is not None
+        _, log_p, log_c = self.trie.children(walk.node)
+        return float(np.logaddexp(self.trie.log_rest(walk.node), log_sum(log_p + log_c)))
 
-    def _hold(self, node: int, ids: Ids, log_p: LogProbs) -> None:
-        """Keep a wide node's distribution for a while; the trie keeps the small ones."""
-        if self.trie.kept(node) is None:
-            self.reader.cache.put(("next", node), (ids, log_p), ids.nbytes + log_p.nbytes)
+    # Knowing
+
+    def _known(self, walk: _Walk) -> Following | None:
+        """Return what follows, if that is remembered."""
+        if walk.node is not None and self.trie.is_expanded(walk.node):
+            kept = self.trie.kept(walk.node)
+            if kept is not None:
+                return Following.of(*kept, self.trie.log_cut(walk.node))
+        found: Following | None = self.reader.cache.get(("next", tuple(walk.tokens)))
+        return found
+
+    def _hold(self, tokens: Sequence[int], what: Following) -> None:
+        """Keep a distribution for a while; the trie keeps the small ones of what was visited."""
+        self.reader.cache.put(("next", tuple(tokens)), what, what.n_bytes)
+
+    def _state(self, walk: _Walk) -> Any:
+        """Return the parser's state, advanced only when it is needed."""
+        if walk.state is None:
+            walk.state = self.constraint.start()
+        for token in walk.tokens[walk.n_advanced :]:
+            walk.state = self.constraint.advance(walk.state, token)
+        walk.n_advanced = len(walk.tokens)
+        return walk.state
 
     def look(self, state: Any, tokens: list[int], nodes: list[int]) -> tuple[Ids, LogProbs, float]:
-        """Return the legal tokens after a prefix, their log-probabilities and what is cut off."""
-        log_probs = self.warp.log_probs(self.reader.logits(tokens, nodes))
-        last = len(tokens) == self.max_new_tokens - 1
+        """Return the legal tokens after a prefix, their log-probabilities and what is cut off.
+
+        `nodes` are the trie's, from the root to the prefix.
+        """
+        return self._legal(state, self.reader.logits(tokens), len(tokens))
+
+    def _legal(self, state: Any, logits: Tensor, n_tokens: int) -> tuple[Ids, LogProbs, float]:
+        log_probs = self.warp.log_probs(logits)
+        last = n_tokens == self.max_new_tokens - 1
         ids, log_cut = legal_ids(self.constraint, state, log_probs, self.ends, last=last)
         return ids, log_probs[ids], log_cut
+
+    # Reading ahead
+
+    def _read_ahead(self, walk: _Walk, method: AlignedMethod, ahead: int) -> Following | None:
+        """Read what this attempt and the next will need, if the trie stays as it is.
+
+        The trie is looked at and not touched. Attempts advance side by side, one pass of the model
+        for all that are equally far. Returns what follows the place where the attempt is, or None
+        if nothing was read.
+        """
+        here = tuple(walk.tokens)
+        n_rows = self._pace(walk.number)
+        if n_rows > 1:
+            n_rows = min(n_rows, ahead, self.reader.most_rows())
+        self._awaited = [walk.number]
+        if n_rows < 2:
+            return None
+        waiting: dict[int, dict[tuple[int, ...], list[_Walk]]] = {}
+        _wait(waiting, walk.copy())
+        # Attempts that end where everything is known take no row.
+        random, before, self._numbers = copy.deepcopy(self.random), self._numbers, {}
+        for number in range(walk.number + 1, walk.number + min(ahead, 8 * n_rows)):
+            key = _key(random)
+            self._numbers[key] = before.get(key) or _Numbers(key)
+            later = _Walk(number, self._numbers[key])
+            if self._foresee(later, method):
+                self._awaited.append(number)
+                _wait(waiting, later)
+                if len(self._awaited) == n_rows:
+                    break
+        self.n_foreseen += len(self._awaited) - 1
+        found: Following | None = None
+        while waiting:
+            depth = min(waiting)
+            groups = waiting.pop(depth)
+            for (prefix, walks), logits in zip(
+                groups.items(), self.reader.read(list(groups)), strict=True
+            ):
+                state = self._state(walks[0])
+                what = Following.of(*self._legal(state, logits, depth))
+                self._hold(prefix, what)
+                found = what if prefix == here else found
+                for each in walks:
+                    each.state, each.n_advanced = state, depth
+                    if self._step(each, what, method) and self._foresee(each, method):
+                        _wait(waiting, each)
+        return found
+
+    def _pace(self, number: int) -> int:
+        """Return how many attempts to read for: about twice as many as there was a use for."""
+        used = sum(awaited < number for awaited in self._awaited)
+        if used == len(self._awaited):
+            self._rows *= 2
+        else:
+            self._rows = max(1, 2 * used)
+        self._rows = min(self._rows, self.lookahead)
+        return self._rows
+
+    def _foresee(self, walk: _Walk, method: AlignedMethod) -> bool:
+        """Walk on through what is known; return whether something must be read then."""
+        while (what := self._known(walk)) is not None:
+            if not self._step(walk, what, method):
+                return False
+        return True
+
+    def _step(self, walk: _Walk, what: Following, method: AlignedMethod) -> bool:
+        """Take one step without leaving a trace; return whether the walk goes on."""
+        walk.fresh = walk.fresh or walk.node is None or not self.trie.is_expanded(walk.node)
+        outcome, token = self._draw(walk, what, method)
+        if outcome != "accepted" or token in self.ends:
+            return False
+        walk.tokens.append(token)
+        walk.node = None if walk.node is None else self.trie.child(walk.node, token)
+        return True
+
+
+@dataclass
+class _Walk:
+    """How far an attempt has come, or is foreseen to come."""
+
+    number: int
+    numbers: _Numbers
+    tokens: list[int] = field(default_factory=list)
+    node: int | None = 0  # None where the trie has not been yet
+    fresh: bool = False  # beyond what earlier attempts saw
+    state: Any = None  # the parser's, after the first n_advanced tokens
+    n_advanced: int = 0
+
+    def copy(self) -> _Walk:
+        return replace(self, tokens=list(self.tokens))
+
+
+def _wait(waiting: dict[int, dict[tuple[int, ...], list[_Walk]]], walk: _Walk) -> None:
+    groups = waiting.setdefault(len(walk.tokens), {})
+    groups.setdefault(tuple(walk.tokens), []).append(walk)
+
+
+def _key(random: np.random.Generator) -> int:
+    """Return what an attempt's random numbers follow from: one draw for each attempt."""
+    return int(random.integers(2**63))
+
+
+class _Numbers:
+    """An attempt's random numbers: the same at a place, whatever happened before it."""
+
+    def __init__(self, key: int) -> None:
+        self._random = np.random.default_rng(key)
+        self._rows: list[list[float]] = []
+
+    def at(self, n_tokens: int) -> list[float]:
+        """Return one number for legal or not, pairs for tokens, and two for what is left."""
+        while len(self._rows) <= n_tokens:
+            self._rows.append(self._random.random(2 * _TRIES + 3).tolist())
+        return self._rows[n_tokens]
+
+
+@dataclass(frozen=True)
+class Following:
+    """What may follow a prefix, ready to draw from.
+
+    Parameters
+    ----------
+    ids, log_p, log_cut
+        As `AlignmentTrie.expand` takes them.
+    cumulative
+        float64 ``(k,)``: sums of the probabilities up to each token, over that of the likeliest.
+    log_legal
+        Log-mass of all of `ids`.
+    """
+
+    ids: Ids
+    log_p: LogProbs
+    log_cut: float
+    cumulative: LogProbs
+    log_legal: float
+
+    @classmethod
+    def of(cls, ids: Ids, log_p: LogProbs, log_cut: float) -> Following:
+        """Sum up."""
+        if not len(ids):
+            return cls(ids, log_p, log_cut, log_p, NEVER)
+        highest = float(log_p.max())
+        cumulative = np.cumsum(np.exp(log_p - highest))
+        return cls(ids, log_p, log_cut, cumulative, highest + math.log(cumulative[-1]))
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory that the arrays take."""
+        return self.ids.nbytes + self.log_p.nbytes + self.cumulative.nbytes
+
+    def token(self, number: float) -> int:
+        """Return the token at a number from 0 to 1."""
+        return int(self.ids[_place(self.cumulative, number)])
+
+
+def _place(cumulative: LogProbs, number: float) -> int:
+    """Return which of some masses, given by their sums, a number from 0 to 1 falls into."""
+    place = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
+    return min(place, len(cumulative) - 1)
+
+
+def _share(log_one: float, log_other: float) -> float:
+    """Return the share of one mass in the sum of two, not both nothing."""
+    highest = max(log_one, log_other)
+    one, other = math.exp(log_one - highest), math.exp(log_other - highest)
+    return one / (one + other)
 
 
 def legal_ids(
@@ -625,139 +876,6 @@ class Warping:
         if self.top_p < 1:
             scores = TopPLogitsWarper(self.top_p)(unused, scores)
         return np.asarray(torch.log_softmax(scores[0].double(), dim=-1).cpu().numpy())
-
-
-class PrefixReader:
-    """Next-token logits after a prompt and any continuation, without computing a prefix twice.
-
-    Key-value states live in two places: those of the prompt and of the continuation read last in a
-    cache as `generate` uses it, which is shortened to what the next continuation shares; those of
-    every node read before one by one in `cache`, from which the rest is put together.
-
-    Parameters
-    ----------
-    model
-        A transformers decoder in eval mode.
-    prompt_ids
-        The prompt, at least one token.
-    cache
-        Where states go, keyed by ``("states", node)``; may hold other things as well.
-
-    Attributes
-    ----------
-    n_calls, n_tokens
-        Forward passes so far, and the tokens in them.
-    """
-
-    def __init__(self, model: Any, prompt_ids: Sequence[int], cache: ByteLRU) -> None:
-        self.model, self.prompt_ids, self.cache = model, list(prompt_ids), cache
-        self.n_calls = self.n_tokens = 0
-        self._live: list[int] = []
-        self._states: Any = None
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._reusable = states_can_be_cut(model)
-
-    def logits(self, tokens: Sequence[int], nodes: Sequence[int]) -> Tensor:
-        """Return logits ``(V,)`` of what follows the prompt and `tokens`.
-
-        `nodes` has one entry more than `tokens`: names for the prompt and for each longer prefix.
-        """
-        import torch
-
-        sequence = [*self.prompt_ids, *tokens]
-        with torch.inference_mode():
-            if not self._reusable:
-                return self._forward(sequence, None)
-            if self._states is None:
-                from transformers import DynamicCache
-
-                self._states = DynamicCache()
-            shared = 0
-            # The last token is always read: it is its logits that are wanted.
-            for mine, wanted in zip(self._live, sequence[:-1], strict=False):
-                if mine != wanted:
-                    break
-                shared += 1
-            pieces: list[Any] = []
-            n_prompt = len(self.prompt_ids)
-            while n_prompt <= shared + len(pieces) < len(sequence) - 1:
-                node = nodes[shared + len(pieces) - n_prompt + 1]
-                piece = self.cache.get(("states", node))
-                if piece is None:
-                    break
-                pieces.append(piece)
-            self._cut_and_join(shared, pieces)
-            begin = shared + len(pieces)
-            logits = self._forward(sequence[begin:], self._states)
-            self._live = sequence
-            self._remember(begin, len(sequence), nodes)
-        return logits
-
-    def _forward(self, ids: list[int], states: Any) -> Tensor:
-        import torch
-
-        given = torch.tensor([ids], device=self.model.device)
-        extra: dict[str, Any] = {}
-        if states is None:
-            extra["use_cache"] = False
-        else:
-            extra |= {"past_key_values": states, "use_cache": True}
-        if self._keeps_logits:
-            extra["logits_to_keep"] = 1
-        output = self.model(input_ids=given, **extra)
-        self.n_calls += 1
-        self.n_tokens += len(ids)
-        logits: Tensor = output.logits[0, -1]
-        return logits
-
-    def _layers(self) -> list[Any]:
-        return [layer for layer in self._states.layers if layer.is_initialized]
-
-    def _cut_and_join(self, n: int, pieces: list[Any]) -> None:
-        """Keep the first n positions of the live states, and put remembered ones behind them."""
-        import torch
-
-        if len(self._live) == n and not pieces:
-            return
-        for number, layer in enumerate(self._layers()):
-            for which, name in enumerate(("keys", "values")):
-                parts = [getattr(layer, name)[:, :, :n], *(p[number][which] for p in pieces)]
-                joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
-                setattr(layer, name, joined)
-
-    def _remember(self, begin: int, end: int, nodes: Sequence[int]) -> None:
-        n_prompt = len(self.prompt_ids)
-        if self.cache.max_bytes == 0:
-            return
-        for position in range(max(begin, n_prompt), end):
-            piece = [
-                (
-                    layer.keys[:, :, position : position + 1].clone(),
-                    layer.values[:, :, position : position + 1].clone(),
-                )
-                for layer in self._layers()
-            ]
-            size = sum(k.nbytes + v.nbytes for k, v in piece)
-            self.cache.put(("states", nodes[position - n_prompt + 1]), piece, size)
-
-
-def states_can_be_cut(model: Any) -> bool:
-    """Return whether a model's states can be shortened to an earlier token: not recurrent ones."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-    return not getattr(model, "_is_stateful", False) and all(
-        str(kind).endswith("_attention") and "linear" not in str(kind) for kind in kinds
-    )
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Run the model in eval mode, and leave it in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def model_fingerprint(model: Any) -> str:

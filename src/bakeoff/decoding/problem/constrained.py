@@ -32,13 +32,13 @@ from bakeoff.decoding.grammar_aligned import (
     Attempt,
     TrieWalker,
     Warping,
-    evaluating,
     walker_for,
 )
 from bakeoff.decoding.language_tree import LanguageTree, TreeBounds, TreeWalker
 from bakeoff.decoding.problem.common import check_method, check_parameters, check_prompts, counting
 from bakeoff.decoding.winner import Settings, load_settings, save_settings
 from bakeoff.errors import DataError
+from bakeoff.models.inference import evaluating
 from bakeoff.models.shared import SharedModels
 from bakeoff.study import Design, Designs, Metric, Trial, Work
 from bakeoff.study.measure import warnings_noted
@@ -83,7 +83,7 @@ _HOPELESS = 2000
 # What an illegal text counts, in nats, where the target gives it nothing.
 _ILLEGAL = math.log(1e9)
 
-_VERSION = 1
+_VERSION = 2
 _TREE_VERSION = 1
 
 
