@@ -1,4 +1,4 @@
-"""Mixture of experts: layers, routers, balance, and adapters cut from shared shards.
+"""Mixture of experts: layers, routers, balance, upcycling, adapters from shared shards.
 
 The methods here are tested components; they join the shelf (`bakeoff methods`) when their claims
 are recorded and a study can compare them.
@@ -11,6 +11,7 @@ from typing import Any
 _HOMES = {
     "AdaptiveCoefficient": "bakeoff.experts.balance_losses",
     "AttentionTopK": "bakeoff.experts.routers",
+    "BalanceSyncError": "bakeoff.experts.global_balance",
     "BalancedAssignment": "bakeoff.experts.assignment_routers",
     "CosineTopK": "bakeoff.experts.routers",
     "DISPATCHERS": "bakeoff.experts.dispatch",
@@ -30,7 +31,9 @@ _HOMES = {
     "LayerReport": "bakeoff.experts.inspection",
     "LoRAExperts": "bakeoff.experts.lora_experts",
     "Load": "bakeoff.experts.balance_losses",
+    "LoadBalancingLoss": "bakeoff.experts.global_balance",
     "MergedExperts": "bakeoff.experts.soft_routers",
+    "MixtureCost": "bakeoff.experts.bam",
     "MixtureOfAttentionHeads": "bakeoff.experts.attention_experts",
     "MoE": "bakeoff.experts.mixture_of_experts",
     "MoSConfig": "bakeoff.experts.mixture_of_shards",
@@ -43,6 +46,7 @@ _HOMES = {
     "ParameterCounts": "bakeoff.experts.conversion",
     "ROUTERS": "bakeoff.experts.routers",
     "RandomRouter": "bakeoff.experts.fixed_routers",
+    "RecurrentRouter": "bakeoff.experts.recurrent_router",
     "Router": "bakeoff.experts.protocol",
     "RouterModule": "bakeoff.experts.routers",
     "Routing": "bakeoff.experts.protocol",
@@ -56,10 +60,15 @@ _HOMES = {
     "SwitchBalance": "bakeoff.experts.balance_losses",
     "Threshold": "bakeoff.experts.routers",
     "TopK": "bakeoff.experts.routers",
+    "UpcycledConfig": "bakeoff.experts.upcycled_model",
+    "UpcycledForCausalLM": "bakeoff.experts.upcycled_model",
     "ZLoss": "bakeoff.experts.balance_losses",
     "after_optimizer_step": "bakeoff.experts.mixture_of_experts",
     "aux_loss": "bakeoff.experts.mixture_of_experts",
+    "average_models": "bakeoff.experts.bam",
+    "convert_router": "bakeoff.experts.recurrent_router",
     "count_trained_parameters": "bakeoff.experts.shard_layout",
+    "domain_batches": "bakeoff.experts.bam",
     "expert_capacity": "bakeoff.experts.capacity",
     "expert_similarity": "bakeoff.experts.inspection",
     "grouped_feed_forward": "bakeoff.experts.grouped",
@@ -67,18 +76,23 @@ _HOMES = {
     "inspect_experts": "bakeoff.experts.inspection",
     "layer_numbers": "bakeoff.experts.conversion",
     "load_moe": "bakeoff.experts.conversion",
+    "load_recurrent": "bakeoff.experts.recurrent_router",
     "make_loss": "bakeoff.experts.balance_losses",
     "make_router": "bakeoff.experts.routers",
+    "mixture_cost": "bakeoff.experts.bam",
     "moe_layers": "bakeoff.experts.mixture_of_experts",
     "parameter_counts": "bakeoff.experts.conversion",
     "prolora": "bakeoff.experts.mixture_of_shards",
     "pure_sharing": "bakeoff.experts.mixture_of_shards",
+    "routing_mutual_information": "bakeoff.experts.recurrent_router",
     "routing_stats": "bakeoff.experts.mixture_of_experts",
     "save_moe": "bakeoff.experts.conversion",
     "seats": "bakeoff.experts.capacity",
     "shard_layouts": "bakeoff.experts.shard_layout",
     "tied_lora": "bakeoff.experts.mixture_of_shards",
     "to_moe": "bakeoff.experts.conversion",
+    "train_causal": "bakeoff.experts.bam",
+    "upcycle": "bakeoff.experts.bam",
     "within_capacity": "bakeoff.experts.capacity",
 }
 
