@@ -96,12 +96,12 @@ class AlignmentTrie:
     >>> trie = AlignmentTrie()
     >>> trie.expand(0, np.array([5, 7]), np.log([0.5, 0.25]))  # the rest, 0.25, is illegal
     >>> trie.update([0])
-    >>> round(np.exp(trie.log_bound([])), 6)
+    >>> round(float(np.exp(trie.log_bound([]))), 6)
     0.75
     >>> child = trie.add_child(0, 5, np.array([5, 7]), np.log([0.5, 0.25]))
     >>> trie.expand(child, np.array([], dtype=np.int64), np.array([]))  # a dead end
     >>> trie.update([0, child])
-    >>> round(np.exp(trie.log_z_upper), 6)
+    >>> round(float(np.exp(trie.log_z_upper)), 6)
     0.25
     """
 
