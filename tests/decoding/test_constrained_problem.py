@@ -547,3 +547,17 @@ def test_constraints_read_texts_as_they_were_written(folder):
     made = problem_of(folder)._constraint(0)
     assert isinstance(made, GrammarConstraint)
     assert made.text([6, 8, 8]) == "ab00"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("size", ["smoke", "laptop", "full"])
+def test_the_claim_is_tried_on_the_papers_skewed_language(size, tmp_path):
+    from bakeoff.claims.claim import load_claims
+
+    claims, build = load_claims("grammar-aligned-decoding")
+    study = build(size, tmp_path, 1)
+    assert any("00000|1[01]{4}" in grammar.source for grammar in study.problem.grammars)
+    # The central claim compares late ASAp with masking; early ASAp has a claim of its own.
+    late = next(design for design in study.designs if design.name == claims[0].treatment)
+    assert late.params["burn_in"] == 400
+    assert "asap after 1" in {c.treatment for c in claims if c.expected == "not better"}
