@@ -11,18 +11,23 @@ from tests.decoding.tiny_decoder import save_decoder
 from bakeoff.data.prompts import Prompt
 from bakeoff.decoding import (
     Cascade,
+    MemoryProblem,
     OrderEnsembleModel,
     PlainOrderModel,
     QuantileScore,
     SetPrompt,
     SetPromptingModel,
     TextGenerator,
+    document_reader,
     infill,
+    load_reader,
+    memory_designs,
     sample_aligned,
 )
 from bakeoff.decoding.alignment_trie import AlignmentTrie
 from bakeoff.decoding.decoders import DECODERS, Generation, Resources, decoder_kind, generate
 from bakeoff.decoding.grammar import Grammar
+from bakeoff.decoding.winner import load_settings
 from bakeoff.errors import DataError
 from bakeoff.models import load_language_model
 
@@ -162,18 +167,23 @@ def test_passages_and_marked_sets_are_continued(model):
 def test_infllm_within_its_window_is_greedy(model):
     sizes = {"n_local": 64, "n_init": 4, "block_size": 8, "topk": 2, "exec_chunk": 32}
     prompts = [Prompt("two", document="one"), Prompt("three"), Prompt("sat", document="one")]
-    found = generate("infllm", model, prompts, HOW, params=sizes)
-    plainly = generate("greedy", model, prompts, HOW)
-    # The parts are tokenised apart; where that makes the same tokens, so is the answer.
-    for prompt, (mine,), (theirs,) in zip(prompts, found, plainly, strict=True):
-        whole = f"{prompt.document}\n\n{prompt.text}" if prompt.document else prompt.text
-        parts = [prompt.document, f"\n\n{prompt.text}"] if prompt.document else [whole]
-        encode = model.tokenizer
-        apart = [token for part in parts for token in encode(part)["input_ids"]]
-        assert apart == encode(whole)["input_ids"]
+    chat = Generation(max_new_tokens=6, chat=True)
+    found = generate("infllm", model, prompts, chat, params=sizes)
+    plainly = generate("greedy", model, prompts, chat)
+    for (mine,), (theirs,) in zip(found, plainly, strict=True):
         assert mine.text == theirs.text
     assert found[0][0].facts["memory"]["tokens"] > 0
     assert model.model.config._attn_implementation != "infllm"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_infllm_asks_as_the_reader_of_a_study_does(model, chat):
+    sizes = {"n_local": 32, "n_init": 4, "block_size": 8, "topk": 2, "exec_chunk": 16}
+    prompt = Prompt("two", document="the cat sat on a mat. " * 20)
+    ((mine,),) = generate("infllm", model, [prompt], Generation(6, chat=chat), params=sizes)
+    with document_reader("infllm", model, chat=chat, max_new_tokens=6, **sizes) as reader:
+        theirs = reader.read(prompt.document, prompt.text).generate()
+    assert mine.text == theirs.text
 
 
 @pytest.mark.parametrize(
@@ -277,3 +287,19 @@ def test_progress_and_the_table(model):
     assert seen == [(1, 2), (2, 2)]
     assert all(decoder_kind(name).does for name in DECODERS)
     assert not math.isnan(generate("greedy", model, PROMPTS, HOW)[0][0].log_prob)
+
+
+@pytest.mark.parametrize("design", memory_designs(), ids=lambda design: design.name)
+def test_every_winner_among_readers_can_be_taken_up(design, tmp_path):
+    folder = save_decoder(tmp_path / "model")
+    document = "the cat sat on a mat. " * 9
+    asked = [Prompt("who?", ("cat",), document=document), Prompt("what?", ("mat",), (), (), "one")]
+    sizes = {"n_init": 4, "n_local": 32, "block_size": 8, "topk": 2, "exec_chunk": 16}
+    problem = MemoryProblem(asked, model=str(folder), max_new_tokens=4, **sizes)
+    problem.export(design, tmp_path, tmp_path / "winner")
+    settings = load_settings(tmp_path / "winner")
+    how = Generation(settings.extra["max_new_tokens"], chat=settings.extra["chat"])
+    model = load_language_model(settings.model)
+    ((mine,),) = generate(settings.method, model, asked[:1], how, params=settings.params)
+    with load_reader(tmp_path / "winner") as reader:
+        assert mine.text == reader.read(document, "who?").generate().text

@@ -463,14 +463,16 @@ def _remembering(call: _Call) -> Iterator[list[Answer]]:
         memory: Any = None
         for prompt in call.prompts:
             clock = TokenClock()
-            document, question = before + prompt.document, prompt.text + after
+            document = before + prompt.document
+            # As the readers of documents ask, so that a study's winner is asked as it was there.
+            question = prompt.text + (after if call.how.chat else "\nAnswer:")
             if prompt.document and (memory is None or document != read):
                 # One document asked many times is read once.
                 memory, read = patched.read(_ids(call, document)), document
             if prompt.document:
                 encoded = tokenizer("\n\n" + question, add_special_tokens=False)["input_ids"]
             else:
-                memory, encoded = None, _ids(call, before + question)
+                memory, encoded = None, _ids(call, before + prompt.text + after)
             new = patched.generate(
                 list(encoded),
                 memory,

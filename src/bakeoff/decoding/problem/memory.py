@@ -374,9 +374,12 @@ class MemoryProblem:
         bool
             Whether no bakeoff is needed to use it: only where the model is read with as it is.
         """
-        extra: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
-        if self.chat is not None:
-            extra["chat"] = self.chat
+        # Settled here: whoever takes the winner up should not have to know the rule.
+        has_template = bool(self._language_model().tokenizer.chat_template)
+        extra: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "chat": has_template if self.chat is None else self.chat,
+        }
         settings = Settings(design.name, design.method, self._arguments(design), self.model, extra)
         save_settings(destination, settings, usage=self.usage(destination), reason=reason)
         answers = artifact / "answers.json"
