@@ -194,6 +194,8 @@ def test_infllm_asks_as_the_reader_of_a_study_does(model, chat):
         ("truncate-middle", {"budget": 64}),
         ("keep-end", {"budget": 64}),
         ("retrieve", {"budget": 64}),
+        ("keep-end", {}),  # all that the model was trained for
+        ("streaming", {}),
     ],
 )
 def test_readers_of_documents_within_their_budget_are_greedy(model, method, params):

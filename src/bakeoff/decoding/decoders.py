@@ -432,9 +432,11 @@ def _reading(call: _Call) -> Iterator[list[Answer]]:
     from bakeoff.decoding.document_baselines import document_reader
 
     _frame(call)  # refuses chat without a template
-    how = call.how
+    how, params = call.how, dict(call.params)
+    if "budget" in DECODERS[call.method].parameters:
+        params.setdefault("budget", call.model.max_length)
     reader = document_reader(
-        call.method, call.model, max_new_tokens=how.max_new_tokens, chat=how.chat, **call.params
+        call.method, call.model, max_new_tokens=how.max_new_tokens, chat=how.chat, **params
     )
     with reader:
         for prompt in call.prompts:
