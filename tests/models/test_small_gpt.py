@@ -180,3 +180,32 @@ def test_too_little_text_is_refused_and_leaves_nothing(texts, tmp_path, monkeypa
 def test_wrong_shapes_are_refused(changes, message):
     with pytest.raises(DataError, match=message):
         replace(TINY, **changes)
+
+
+def test_untrained_models_follow_the_seed_and_leave_the_generator_alone():
+    tokenizer = TINY.tokenizer(TEXTS)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    one, same, other = (TINY.untrained(tokenizer, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.rand(1), expected)
+    weights = [model.get_input_embeddings().weight for model in (one, same, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert one.config.model_type == "llama"
+
+
+def test_parallel_blocks_add_what_both_parts_make_of_one_input():
+    tokenizer = TINY.tokenizer(TEXTS)
+    model = TINY.untrained(tokenizer, block="parallel").model
+    ids = torch.tensor([[5, 7, 9, 11]])
+    layer, seen = model.layers[0], {}
+    layer.register_forward_hook(lambda _, given, made: seen.update(x=given[0], y=made))
+    layer.self_attn.register_forward_hook(lambda _, given, made: seen.update(attended=made[0]))
+    with torch.no_grad():
+        model(ids)
+        expected = seen["x"] + seen["attended"] + layer.mlp(layer.input_layernorm(seen["x"]))
+    made = seen["y"][0] if isinstance(seen["y"], tuple) else seen["y"]
+    assert torch.allclose(made, expected, atol=1e-6)
+    with pytest.raises(DataError, match="block must be sequential or parallel, got 'x'"):
+        TINY.untrained(tokenizer, block="x")

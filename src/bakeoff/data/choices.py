@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import ast
 import re
-import sys
-import sysconfig
-import tokenize
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Literal
 
-from bakeoff.data.embedded import _SKIPPED_FOLDERS, manual_paragraphs
+from bakeoff.data.embedded import manual_paragraphs, standard_library_modules
 from bakeoff.data.prompts import Prompt
 from bakeoff.data.splits import normalise, position, sample
 from bakeoff.errors import DataError
@@ -210,22 +206,13 @@ def _description_of(function: _Function) -> str:
 @lru_cache(maxsize=1)
 def _by_module() -> dict[str, tuple[_Function, ...]]:
     """Return documented functions by module, for modules that have enough of them."""
-    root = Path(sysconfig.get_path("stdlib"))
     modules: dict[str, tuple[_Function, ...]] = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if parts[0] not in sys.stdlib_module_names or _SKIPPED_FOLDERS.intersection(parts):
-            continue
+    for path, source in standard_library_modules().items():
+        parts = path.removesuffix(".py").split("/")
         module = ".".join(part for part in parts if part != "__init__")
-        with tokenize.open(path) as stream:
-            found = _functions(module, stream.read())
+        found = _functions(module, source)
         if len(found) >= N_OPTIONS:
             modules[module] = found
-    if not modules:
-        raise DataError(
-            f"this Python has no source of its standard library in {root}; the default questions "
-            "need it: use an ordinary installation of Python, or your own prompts"
-        )
     return modules
 
 

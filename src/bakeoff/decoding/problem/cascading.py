@@ -37,12 +37,7 @@ from bakeoff.decoding.deferral_rules import (
     read_arrays,
     write_arrays,
 )
-from bakeoff.decoding.problem.common import (
-    check_method,
-    check_parameters,
-    check_prompts,
-    counting,
-)
+from bakeoff.decoding.problem.common import check_prompts
 from bakeoff.decoding.token_records import TextGenerator, TokenRecord
 from bakeoff.decoding.winner import Settings, load_settings, save_settings
 from bakeoff.errors import DataError
@@ -50,6 +45,7 @@ from bakeoff.models import small_gpt
 from bakeoff.models.shared import SharedModels
 from bakeoff.models.small_gpt import SmallGPT
 from bakeoff.study import Design, Designs, Metric, Trial, Work
+from bakeoff.study.checks import check_method, check_parameters, counting
 from bakeoff.study.measure import warnings_noted
 
 FloatArray = NDArray[np.float64]

@@ -35,12 +35,13 @@ from bakeoff.decoding.grammar_aligned import (
     walker_for,
 )
 from bakeoff.decoding.language_tree import LanguageTree, TreeBounds, TreeWalker
-from bakeoff.decoding.problem.common import check_method, check_parameters, check_prompts, counting
+from bakeoff.decoding.problem.common import check_prompts
 from bakeoff.decoding.winner import Settings, load_settings, save_settings
 from bakeoff.errors import DataError
 from bakeoff.models.inference import evaluating
 from bakeoff.models.shared import SharedModels
 from bakeoff.study import Design, Designs, Metric, Trial, Work
+from bakeoff.study.checks import check_method, check_parameters, counting
 from bakeoff.study.measure import warnings_noted
 
 if TYPE_CHECKING:

@@ -52,7 +52,6 @@ from bakeoff.decoding.infilling import (
     infill_holes_losses,
     infill_losses,
 )
-from bakeoff.decoding.problem.common import check_method, check_parameters, counting
 from bakeoff.decoding.winner import Settings, load_settings, save_settings
 from bakeoff.errors import BakeoffError, DataError
 from bakeoff.models.gguf import quiet_transformers
@@ -60,6 +59,7 @@ from bakeoff.models.likelihood import response_losses
 from bakeoff.models.shared import SharedModels
 from bakeoff.models.small_gpt import SmallGPT
 from bakeoff.study import Design, Designs, Metric, Trial, Work
+from bakeoff.study.checks import check_method, check_parameters, counting
 from bakeoff.study.measure import warnings_noted
 
 if TYPE_CHECKING:

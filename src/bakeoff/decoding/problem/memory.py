@@ -23,12 +23,13 @@ from bakeoff.decoding.document_baselines import (
     ReadDocument,
     document_reader,
 )
-from bakeoff.decoding.problem.common import check_method, check_parameters, check_prompts
+from bakeoff.decoding.problem.common import check_prompts
 from bakeoff.decoding.winner import Settings, save_settings
 from bakeoff.errors import BakeoffError, DataError
 from bakeoff.models import LanguageModel, TextEncoder
 from bakeoff.models.shared import SharedModels
 from bakeoff.study import Design, Designs, Metric, Trial, Work
+from bakeoff.study.checks import check_method, check_parameters
 from bakeoff.study.measure import warnings_noted
 
 MEMORY_METRICS: dict[str, Metric] = {

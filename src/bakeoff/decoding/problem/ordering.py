@@ -23,12 +23,7 @@ from bakeoff._files import write_text
 from bakeoff.data.prompts import Prompt, prompts_fingerprint
 from bakeoff.data.splits import normalise
 from bakeoff.decoding.baselines import ORDER_PARAMETERS, order_parts
-from bakeoff.decoding.problem.common import (
-    check_method,
-    check_parameters,
-    check_prompts,
-    counting,
-)
+from bakeoff.decoding.problem.common import check_prompts
 from bakeoff.decoding.set_based_prompting import (
     Normalize,
     OrderEnsembleModel,
@@ -43,6 +38,7 @@ from bakeoff.decoding.winner import Settings, load_settings, save_settings
 from bakeoff.errors import DataError
 from bakeoff.models.shared import SharedModels
 from bakeoff.study import Design, Designs, Metric, Trial, Work
+from bakeoff.study.checks import check_method, check_parameters, counting
 from bakeoff.study.measure import warnings_noted
 
 if TYPE_CHECKING:
