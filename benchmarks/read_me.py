@@ -9,7 +9,7 @@ read from the disk itself, and by the real engine, policies taking turns.
 - Belady's cache against least recently used and random, on tokens of interleaved requests;
 - what choosing a batch costs, and how that grows with ten times as many requests.
 
-    python benchmarks/read_me.py                     # about 5 minutes
+    python benchmarks/read_me.py                     # about 2 minutes on one core
     python benchmarks/read_me.py --layers 2 --router-steps 5 --requests 8 --rounds 1 --json
 """
 

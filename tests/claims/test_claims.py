@@ -8,6 +8,7 @@ import pytest
 from bakeoff.claims.claim import (
     Claim,
     Evidence,
+    _evidence,
     claim_slugs,
     judge,
     load_claims,
@@ -51,6 +52,13 @@ def test_no_superiority_is_not_shown_by_an_undecided_comparison(pair):
 
 def test_nothing_measured_decides_nothing():
     assert judge(Claim("c", "s", "p", None, "t", (), ()), []) == "undecided"
+
+
+def test_a_claim_about_designs_that_did_not_run_is_undecided():
+    scores = {"score": {"a": {}, "b": {}}}
+    claim = Claim("c", "s", "p", None, "a", ("absent",), ("score",))
+    assert _evidence(claim, scores, {}, 0.05) == []
+    assert judge(claim, []) == "undecided"
 
 
 @pytest.mark.model

@@ -159,7 +159,7 @@ def test_methods_lists_both_published_methods():
 def test_every_declared_name_can_be_imported_and_every_design_run():
     import importlib
 
-    from bakeoff import decoding
+    from bakeoff import decoding, experts
     from bakeoff.selection.problem import annotation_designs, training_designs
 
     questions = ("order", "memory", "constrained", "cascade", "infilling")
@@ -170,6 +170,11 @@ def test_every_declared_name_can_be_imported_and_every_design_run():
             design.method
             for question in questions
             for design in getattr(decoding, f"{question}_designs")()
+        },
+        "experts": {
+            design.method
+            for question in ("layer", "upcycling", "refactoring", "adapter")
+            for design in getattr(experts, f"{question}_designs")()
         },
     }
     for method in json.loads(invoke("methods", "--json").stdout):

@@ -219,7 +219,10 @@ def test_the_default_target_is_named(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "selections"], "there is embedding, selection, decoding; got 'selections'"),
+        (
+            ["run", "selections"],
+            "there is embedding, selection, decoding, experts, adapters; got 'selections'",
+        ),
         (["run", "selection", "--budgets", "4,x"], "expected whole numbers with commas, got '4,x'"),
         (["run", "selection", "--seeds", "0"], "greater than or equal to 1"),
         (["run", "selection", "--number", "0"], "greater than or equal to 1"),

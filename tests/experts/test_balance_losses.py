@@ -1,7 +1,10 @@
 """Balance losses against Megatron-core, vmoe, closed forms and finite differences."""
 
+import copy
 import json
 import math
+import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from bakeoff.experts.balance_losses import (
     AdaptiveCoefficient,
     DeviceBalance,
     DiverseGate,
+    GlobalBalance,
     Importance,
     Load,
     MutualInformation,
@@ -21,6 +25,8 @@ from bakeoff.experts.balance_losses import (
     ZLoss,
     make_loss,
 )
+from bakeoff.experts.global_balance import LoadBalancingLoss
+from bakeoff.experts.mixture_of_experts import MoE, after_optimizer_step, moe_layers
 from bakeoff.experts.protocol import Routing
 from bakeoff.experts.routers import DSelectK, NullExperts, Threshold, TopK, smooth_step
 
@@ -215,6 +221,10 @@ def test_padding_counts_nowhere(name):
     parts = (routing.logits, routing.probs, routing.indices, routing.weights)
     alone = Routing(*(part[:6] for part in parts), per_token)
     torch.testing.assert_close(loss(routing, mask), loss(alone, None))
+    if name == "global-balance":  # other processes must not wait for a batch without tokens
+        with pytest.raises(DataError, match="all tokens are padding"):
+            loss(router(padded, mask=torch.zeros(9, dtype=torch.bool)), mask & False)
+        return
     nothing = loss(router(padded, mask=torch.zeros(9, dtype=torch.bool)), mask & False)
     assert torch.isfinite(nothing)
 
@@ -234,3 +244,144 @@ def test_names_and_bad_settings():
         make_loss({"name": "z-loss", "strength": 1})
     with pytest.raises(DataError, match="got int"):
         make_loss(3)
+
+
+# The loss over the global batch, as a layer's loss
+
+SWITCH_LIKE = ["micro", "global"]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("scope", SWITCH_LIKE)
+def test_one_micro_batch_is_the_switch_loss_with_the_same_coefficient(k, scope):
+    routing = TopK(k=k).bind(6, 6)(golden_logits(), mask=MASK)
+    ours, theirs = GlobalBalance(0.3, scope), SwitchBalance(0.3)
+    torch.testing.assert_close(ours(routing, MASK), theirs(routing, MASK))
+
+
+def test_null_experts_count_as_in_the_switch_loss():
+    torch.manual_seed(0)
+    router = NullExperts(k=3, null=3).bind(5, 4)
+    torch.nn.init.normal_(router.weight)
+    routing = router(torch.randn(20, 5))
+    for scope in SWITCH_LIKE:
+        gradients = []
+        for loss in (GlobalBalance(0.5, scope), SwitchBalance(0.5)):
+            value = loss(routing)
+            gradients.append(torch.autograd.grad(value, router.weight, retain_graph=True)[0])
+        torch.testing.assert_close(*gradients)
+
+
+def layer(aux, **settings):
+    torch.manual_seed(0)
+    return MoE(6, 4, {"name": "top-k", "k": 2}, width=8, aux=aux, **settings)
+
+
+def micro_batches(n=3):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, 5, 6, generator=generator) + i for i in range(n)]
+
+
+def test_a_layer_counts_over_its_micro_batches_until_its_update():
+    moe = layer([{"name": "global-balance", "coef": 0.02}])
+    by_hand = LoadBalancingLoss(4, 2, 0.02, accumulation_steps=3)
+    for _ in range(2):  # two optimizer steps
+        counts = torch.zeros(4)
+        for x in micro_batches():
+            moe(x)
+            routing = moe.routing
+            torch.testing.assert_close(moe.aux_loss, by_hand(routing.logits, routing.indices))
+            counts += torch.bincount(routing.indices.flatten(), minlength=4)
+            expected = 0.02 * 4 * (counts / counts.sum() * routing.probs.mean(dim=0)).sum()
+            torch.testing.assert_close(moe.aux_loss, expected)
+        assert torch.equal(moe.losses[0].fractions, counts / counts.sum())
+        after_optimizer_step(moe)
+        by_hand.reset()
+        assert not moe.losses[0].fractions.any()
+    after_first = moe.losses[0].fractions.clone()
+    moe.eval()(micro_batches()[0])
+    assert torch.equal(moe.losses[0].fractions, after_first)
+
+
+def test_each_layer_has_its_own_counts():
+    given = GlobalBalance(accumulation_steps=2)
+    model = torch.nn.Sequential(layer([given]), layer([given]), layer(["global-balance"]))
+    losses = [one.losses[0] for one in moe_layers(model).values()]
+    assert len({id(each) for each in [given, *losses]}) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in micro_batches(2):
+            model(x)
+    assert given.fractions is None
+    twin = copy.deepcopy(model)
+    after_optimizer_step(twin)
+    assert not twin[0].losses[0].fractions.any()
+    assert losses[0].fractions.sum() == pytest.approx(1)
+    with pytest.warns(UserWarning, match=r"3 micro-steps were .*after_optimizer_step"):
+        model(micro_batches(1)[0])
+
+
+@pytest.mark.parametrize("scope", ["sequence", "shuffle"])
+def test_a_layer_tells_the_loss_its_sequences(scope):
+    moe = layer([{"name": "global-balance", "scope": scope, "coef": 1.0, "seed": 3}])
+    direct = LoadBalancingLoss(4, 2, 1.0, scope, seed=3)
+    x = micro_batches(1)[0]
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    for given in (None, mask):
+        moe(x, mask=given)
+        shown = torch.ones_like(mask) if given is None else given
+        expected = direct(moe.routing.logits, moe.routing.indices, shown)
+        torch.testing.assert_close(moe.aux_loss, expected)
+    if scope == "sequence":
+        halves = []
+        for i, kept in enumerate((slice(0, 5), slice(5, 8))):
+            probs = moe.routing.probs[kept if i == 0 else slice(5, 8)]
+            chosen = moe.routing.indices[kept].flatten()
+            share = torch.bincount(chosen, minlength=4) / len(chosen)
+            halves.append(4 * (share * probs.mean(dim=0)).sum())
+        torch.testing.assert_close(moe.aux_loss, sum(halves) / 2)
+    with pytest.raises(DataError, match="needs to know the sequences"):
+        moe(x[0])
+    wrapped = AdaptiveCoefficient({"name": "global-balance", "scope": scope, "coef": 1.0}, 0.5)
+    outer = layer([wrapped])
+    outer(x)
+    assert math.isfinite(outer.aux_loss.detach())
+
+
+def test_recomputation_counts_once():
+    from torch.utils.checkpoint import checkpoint
+
+    gradients = []
+    for recompute in (False, True):
+        moe = layer([{"name": "global-balance", "coef": 3.0}])
+        for x in micro_batches(2):
+            out = checkpoint(moe, x, use_reentrant=False) if recompute else moe(x)
+            (out.square().sum() + moe.aux_loss).backward()
+        gradients.append(moe.router.weight.grad)
+        assert moe.losses[0]._inner.counts.sum() == 2 * 10 * 2
+    torch.testing.assert_close(*gradients)
+
+
+def test_global_balance_is_described_and_copied():
+    loss = GlobalBalance(0.5, "shuffle", sequences_per_group=2, seed=4)
+    settings = json.loads(json.dumps(loss.settings()))
+    assert make_loss(settings).settings() == settings
+    assert settings["name"] == "global-balance"
+    again = MoE.from_settings(json.loads(json.dumps(layer([loss]).settings())))
+    assert again.losses[0].settings() == settings
+    counted = GlobalBalance()
+    counted(golden_routing())
+    for twin in (copy.deepcopy(counted), pickle.loads(pickle.dumps(counted))):
+        assert torch.equal(twin.fractions, counted.fractions)
+        twin.reset()
+        assert counted.fractions.any()
+    with pytest.raises(DataError, match="counted 6 experts before, the routing has 4"):
+        counted(TopK(k=2).bind(6, 4)(golden_logits()))
+    for bad in ({"scope": "batch"}, {"coef": -1.0}, {"micro_share": 0.1, "scope": "micro"}):
+        with pytest.raises(DataError):
+            make_loss({"name": "global-balance", **bad})
+    with pytest.raises(DataError, match="it accepts: coef, scope"):
+        make_loss({"name": "global-balance", "coefficient": 1.0})
+    with pytest.raises(DataError, match=r"torch.distributed is not initialised"):
+        GlobalBalance(group="a group")

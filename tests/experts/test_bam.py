@@ -51,13 +51,8 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 
 from bakeoff.errors import DataError, ModelError
-from bakeoff.experts.bam import (
-    average_models,
-    domain_batches,
-    mixture_cost,
-    train_causal,
-    upcycle,
-)
+from bakeoff.experts.bam import average_models, mixture_cost, upcycle
+from bakeoff.experts.causal_training import domain_batches, train_causal
 from bakeoff.experts.protocol import Router
 from bakeoff.experts.upcycled_model import (
     ExpertRouter,

@@ -132,7 +132,7 @@ def test_fingerprints_follow_what_scores_depend_on(problem):
     for changed in (
         Scored(texts(13), shape=SHAPE, n_tokens=1000),
         Scored(texts(), shape=SHAPE, n_tokens=999),
-        Scored(texts(), shape=SHAPE, n_tokens=1000, batch_size=4),
+        Scored(texts(), shape=SHAPE, n_tokens=1000, batch_size=8),
         Scored(texts(), shape=SHAPE, n_tokens=1000, base="small-parallel"),
     ):
         assert changed.fingerprint() != problem.fingerprint()

@@ -27,7 +27,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from bakeoff.errors import DataError, ModelError
+from bakeoff.experts.balance_losses import GlobalBalance
 from bakeoff.experts.global_balance import Attachment, BalanceSyncError, LoadBalancingLoss
+from bakeoff.experts.mixture_of_experts import MoE
 from bakeoff.experts.protocol import Routing
 
 N, K = 5, 2
@@ -645,6 +647,11 @@ def ragged(rank, step):
     return logits, torch.arange(8) < size
 
 
+def mixture_layer(loss="global-balance"):
+    torch.manual_seed(0)
+    return MoE(6, N, {"name": "top-k", "k": K}, width=8, aux=[loss])
+
+
 def work(folder):
     """What each process of the distributed tests does; writes what it found."""
     dist.init_process_group("gloo")
@@ -664,6 +671,12 @@ def work(folder):
     found["steps"] = steps
     found["after"] = int(lbl.counts.sum())
 
+    moe = mixture_layer()
+    moe(torch.sin(torch.arange(24.0) + rank).view(4, 6))
+    found["layer"] = [moe.aux_loss.item(), moe.losses[0].fractions.tolist()]
+    moe.update()
+    found["layer_after"] = float(moe.losses[0].fractions.sum())
+
     unweighted = LoadBalancingLoss(N, K, coef=1.0, token_weighted=False)
     found["unweighted"] = float(unweighted(ragged(rank, 0)[0], None, ragged(rank, 0)[1]))
 
@@ -674,7 +687,9 @@ def work(folder):
             logits = wave(rank - 1, SIZES[rank - 1]).requires_grad_()
             loss = shared(logits)
             found["megatron"] = [loss.item(), torch.autograd.grad(loss, logits)[0][0].tolist()]
-            found["twin_keeps_group"] = copy.deepcopy(shared).group is members
+            twins = [copy.deepcopy(each) for each in (shared, GlobalBalance(group=members))]
+            twins.append(mixture_layer(GlobalBalance(group=members)).losses[0])
+            found["twin_keeps_group"] = all(twin.group is members for twin in twins)
         else:
             try:
                 LoadBalancingLoss(N, K, group=members)
@@ -785,6 +800,17 @@ def test_mean_over_processes_is_one_big_batch(processes):
     assert np.mean([value for value, _ in first]) == pytest.approx(loss.item(), rel=1e-12)
     rows = np.concatenate([np.array(rows) for _, rows in first]) / processes.world
     np.testing.assert_allclose(rows, gradient.numpy(), rtol=1e-9, atol=1e-14)
+
+
+def test_a_mixture_layer_shares_its_counts_with_other_processes(processes):
+    moe = mixture_layer()
+    world = range(processes.world)
+    moe(torch.cat([torch.sin(torch.arange(24.0) + rank).view(4, 6) for rank in world]))
+    values, shares = zip(*(result["layer"] for result in processes.results), strict=True)
+    assert np.mean(values) == pytest.approx(moe.aux_loss.item(), rel=1e-5)
+    for share in shares:
+        np.testing.assert_allclose(share, moe.losses[0].fractions, rtol=1e-6)
+    assert all(result["layer_after"] == 0 for result in processes.results)
 
 
 def test_counts_cover_processes_and_micro_steps_and_end_with_the_step(processes):

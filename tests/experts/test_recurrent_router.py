@@ -19,14 +19,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from bakeoff.errors import DataError, ModelError
+from bakeoff.experts.conversion import load_moe, parameter_counts, save_moe, to_moe
+from bakeoff.experts.mixture_of_experts import MoE, after_optimizer_step, aux_loss, moe_layers
 from bakeoff.experts.protocol import Router
 from bakeoff.experts.recurrent_router import (
+    LayerRouter,
     RecurrentCell,
     RecurrentRouter,
     convert_router,
     load_recurrent,
+    make_layer_routers,
     routing_mutual_information,
 )
+from bakeoff.experts.routers import PerceptronTopK
 
 CELLS = {"gru": nn.GRUCell, "rnn": nn.RNNCell, "lstm": nn.LSTMCell}
 
@@ -697,3 +702,278 @@ def test_a_failed_conversion_leaves_the_model_alone():
         convert_router(model, state_size=-3)
     torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=0)
     assert not hasattr(model.config, "recurrent_router")
+
+
+# -- models whose layers to_moe made mixtures -----------------------------------------------------
+
+
+DENSE = {"vocab_size": 23, "num_hidden_layers": 4, "num_attention_heads": 2}
+
+
+def dense(kind="llama", **changes):
+    import transformers as t
+
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=23, n_embd=16, n_layer=4, n_head=2)).eval()
+    common = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
+    if kind == "cohere":  # attention and feed-forward side by side
+        return t.CohereForCausalLM(t.CohereConfig(**DENSE, **common, **changes)).eval()
+    return t.LlamaForCausalLM(t.LlamaConfig(**DENSE, **common, **changes)).eval()
+
+
+RECURRENT = {"name": "recurrent", "state_size": 8, "init_std": 0.5}
+
+
+def mixture(kind="llama", router=RECURRENT, **settings):
+    changes = settings.pop("config", {})
+    given = {"experts": 4, "start": "random", **settings}
+    return to_moe(dense(kind, **changes), router=router, **given)
+
+
+def read_by_routers(model, ids, mask=None):
+    """What the routers of a model read, and what they made of it."""
+    read, hooks = [], []
+    for module in model.modules():
+        if isinstance(module, LayerRouter):
+            hooks.append(module.register_forward_hook(lambda m, a, out: read.append((a[0], out))))
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask)
+    for hook in hooks:
+        hook.remove()
+    return output, read
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "cohere"])
+def test_layers_of_to_moe_share_one_router_and_its_state(kind):
+    model = mixture(kind)
+    routers = [layer.router for layer in moe_layers(model).values()]
+    assert len(routers) == 4
+    assert len({id(each.router) for each in routers}) == 1
+    names = [name for name, _ in model.named_parameters()]
+    assert sum("weight_hh" in name for name in names) == 1
+    _, read = read_by_routers(model, IDS)
+    for (_, routing), expected in zip(
+        read, through(routers[0].router, [x for x, _ in read]), strict=True
+    ):
+        torch.testing.assert_close(routing.logits, expected)
+        top = expected.softmax(dim=1).topk(2, dim=1)
+        assert torch.equal(routing.indices, top.indices)
+        torch.testing.assert_close(
+            routing.weights, top.values / top.values.sum(dim=1, keepdim=True)
+        )
+    # What the first layer's router reads reaches the last one's choice.
+    with torch.no_grad():
+        routers[0].router.projections[0].mul_(-3)
+    _, again = read_by_routers(model, IDS)
+    alone = through(routers[0].router, [x for x, _ in again])
+    torch.testing.assert_close(again[3][1].logits, alone[3])
+
+
+def test_only_chosen_layers_have_routers_and_parameters_count_once():
+    h, p, n, chosen = 16, 8, 4, 2
+    model = mixture(every=2)
+    plain = mixture(every=2, router="top-k")
+    router = moe_layers(model)["model.layers.1.mlp"].router.router
+    assert router.num_layers == chosen
+    extra = chosen * (h * p + p * n - h * n) + 6 * p * p + 6 * p
+    counts, before = parameter_counts(model), parameter_counts(plain)
+    assert counts.total - before.total == counts.active - before.active == extra
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+def test_without_state_and_passing_it_is_another_function():
+    passed = mixture()
+    control = mixture(router={**RECURRENT, "pass_state": False})
+    control.load_state_dict(passed.state_dict())  # the same parameters
+    (_, a), (_, b) = read_by_routers(passed, IDS), read_by_routers(control, IDS)
+    torch.testing.assert_close(a[0][1].logits, b[0][1].logits)
+    assert not torch.allclose(a[1][1].logits, b[1][1].logits)
+    for (x, routing), i in zip(b, range(4), strict=True):
+        router = moe_layers(control)["model.layers.0.mlp"].router.router
+        torch.testing.assert_close(routing.logits, router(x, None, i)[0])
+
+
+@pytest.mark.parametrize("changes", [{}, {"residual": 0.3, "cell": "lstm"}])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_generation_of_a_mixture_with_a_cache_equals_one_full_pass(kind, changes):
+    model = mixture(kind, router={**RECURRENT, **changes})
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    runs = [
+        model.generate(IDS, use_cache=cached, output_logits=True, pad_token_id=0, **settings)
+        for cached in (True, False)
+    ]
+    assert torch.equal(runs[0].sequences, runs[1].sequences)
+    with torch.no_grad():
+        full = model(runs[0].sequences).logits
+    for i, step in enumerate(runs[0].logits):
+        torch.testing.assert_close(step, full[:, 5 + i], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_in_a_mixture(side):
+    model = mixture()
+    short = IDS[:1, :4]
+    padding, ones = torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
+    order = (lambda a, b: [b, a]) if side == "left" else (lambda a, b: [a, b])
+    batch = torch.cat([torch.cat(order(short, padding), dim=1), IDS[1:]])
+    mask = torch.cat([torch.cat(order(ones, padding), dim=1), torch.ones(1, 6, dtype=torch.long)])
+    kept = slice(2, 6) if side == "left" else slice(0, 4)
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    with torch.no_grad():
+        padded = model(batch, attention_mask=mask, position_ids=positions).logits[0, kept]
+        torch.testing.assert_close(padded, model(short).logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("aux", ["switch-balance", "global-balance"])
+def test_checkpointing_a_mixture_changes_no_gradient(aux):
+    model = mixture(aux=[aux]).train()
+    model(IDS, labels=IDS).loss.backward()
+    expected = gradients(model)
+    assert any("cell" in name for name in expected)
+    model.zero_grad()
+    after_optimizer_step(model)
+    checkpoint_layers(model, {"use_reentrant": False})
+    # Two passes in flight: states must not be mixed up. A loss that counts allows one at a time.
+    passes = (IDS, IDS.flip(1)) if aux == "switch-balance" else (IDS,)
+    losses = [model(ids, labels=ids, use_cache=False).loss for ids in passes]
+    losses[0].backward()
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_mixture_trains_through_depth_and_copies_are_independent():
+    model = mixture().train()
+    loss = model(IDS, labels=IDS).loss
+    assert float(aux_loss(model).detach()) > 0
+    loss.backward()
+    router = moe_layers(model)["model.layers.0.mlp"].router.router
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in router.parameters())
+    model.eval()
+    expected = model(IDS).logits
+    twin = copy.deepcopy(model)
+    inner = [layer.router.router for layer in moe_layers(twin).values()]
+    assert len({id(each) for each in inner}) == 1
+    assert inner[0] is not router
+    with torch.no_grad():
+        router.cell.weight_ih.zero_()
+        router.gates[0].zero_()
+    torch.testing.assert_close(twin(IDS).logits, expected, rtol=0, atol=0)
+    assert not torch.allclose(model(IDS).logits, expected)
+
+
+def test_the_seed_decides_and_a_given_router_is_copied():
+    one, two, other = mixture(seed=1), mixture(seed=1), mixture(seed=2)
+    assert torch.equal(one(IDS).logits, two(IDS).logits)
+    assert not torch.equal(one(IDS).logits, other(IDS).logits)
+    given = small(hidden_size=16, num_layers=4)
+    model = mixture(router=given)
+    inside = moe_layers(model)["model.layers.2.mlp"].router.router
+    assert inside is not given
+    for a, b in zip(inside.parameters(), given.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(DataError, match="made with num_layers=4, the model needs 2"):
+        mixture(router=given, every=2)
+
+
+def test_one_expert_per_token_keeps_its_probability():
+    routers = make_layer_routers({"name": "recurrent", "k": 1}, 6, 4, 2)
+    routing = routers[0](tokens()[0])
+    torch.testing.assert_close(routing.weights, routing.probs.max(dim=1, keepdim=True).values)
+    assert routers[0].k == 1
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        ({"name": "recurrent", "top_k": 1}, "unknown setting 'top_k'; it accepts: k, state_size"),
+        ({"name": "recurrent", "k": 9}, "top_k must be from 1 to num_experts=4, got 9"),
+        ({"name": "recurrent", "cell": "mamba"}, "unknown cell 'mamba'"),
+    ],
+)
+def test_bad_router_settings_leave_the_model_as_it_was(router, message):
+    model = dense()
+    before = model(IDS).logits
+    with pytest.raises(DataError, match=message):
+        to_moe(model, experts=4, router=router)
+    assert torch.equal(model(IDS).logits, before)
+    assert not moe_layers(model)
+    with pytest.raises(DataError, match="spans the layers of a model"):
+        MoE(8, 4, "recurrent", width=8)
+
+
+RELOAD_MOE = """
+import sys, json, torch
+from bakeoff.experts.conversion import load_moe
+model = load_moe(sys.argv[1])
+ids = torch.tensor(json.loads(sys.argv[2]))
+new = model.generate(ids, max_new_tokens=5, do_sample=False).tolist()
+print(json.dumps({"logits": model(ids).logits.tolist(), "new": new}))
+"""
+
+
+def test_a_saved_mixture_keeps_shared_weights_once_and_a_new_process_reads_it(tmp_path):
+    from safetensors import safe_open
+
+    model = mixture(
+        router={**RECURRENT, "k": 1, "residual": 0.25, "cell": "lstm", "gate": "cosine"},
+        every=2,
+        aux=[{"name": "global-balance", "scope": "sequence"}],
+        config={"tie_word_embeddings": True},
+    )
+    save_moe(model, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as stored:
+        names = list(stored.keys())
+        assert sum(name.endswith("cell.weight_hh") for name in names) == 1
+        assert sum("router.gates." in name for name in names) == 2
+        assert sum(stored.get_slice(n)[:].numel() for n in names) == parameter_counts(model).total
+    finished = subprocess.run(
+        [sys.executable, "-c", RELOAD_MOE, str(tmp_path), json.dumps(IDS.tolist())],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    found = json.loads(finished.stdout.splitlines()[-1])
+    assert found["new"] == model.generate(IDS, max_new_tokens=5, do_sample=False).tolist()
+    torch.testing.assert_close(torch.tensor(found["logits"]), model(IDS).logits)
+    again = load_moe(tmp_path)
+    assert len({id(layer.router.router) for layer in moe_layers(again).values()}) == 1
+    save_moe(again, tmp_path / "twice")
+    saved = [json.loads((tmp_path / d / "moe.json").read_text()) for d in ("", "twice")]
+    assert saved[0] == saved[1]
+    assert saved[0]["layers"][1]["settings"]["router"]["layer"] == 1
+    assert saved[0]["layers"][0]["settings"]["aux"][0]["scope"] == "sequence"
+    saved[0]["layers"][1]["settings"]["router"]["layer"] = 0
+    (tmp_path / "moe.json").write_text(json.dumps(saved[0]))
+    with pytest.raises(ModelError, match=r"not the layers of one: layers \[0, 0\]"):
+        load_moe(tmp_path)
+
+
+def test_a_mixture_in_low_precision_is_saved(tmp_path):
+    model = mixture().bfloat16()
+    save_moe(model, tmp_path)
+    again = load_moe(tmp_path)
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("size", ["smoke", "laptop", "full"])
+def test_the_claims_perceptron_has_as_many_parameters(size):
+    from bakeoff.claims.recurrent_router import BUDGETS, N_EXPERTS, perceptron_width
+
+    budget = BUDGETS[size]
+    h, n_layers = budget.width, budget.n_layers
+    with torch.device("meta"):
+        recurrent = RecurrentRouter(h, N_EXPERTS, 2, n_layers, budget.state_size)
+        perceptron = PerceptronTopK(width=perceptron_width(budget)).bind(h, N_EXPERTS)
+    counts = [sum(p.numel() for p in each.parameters()) for each in (recurrent, perceptron)]
+    assert n_layers * counts[1] == pytest.approx(counts[0], rel=0.03)

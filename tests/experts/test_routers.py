@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -33,6 +33,7 @@ from bakeoff.experts.routers import (
     DSelectK,
     GShardTop2,
     NullExperts,
+    PerceptronTopK,
     Threshold,
     TopK,
     make_router,
@@ -76,6 +77,7 @@ def every_router():
         "standardised": TopK(standardise=True),
         "cosine": CosineTopK(),
         "attention": AttentionTopK(),
+        "perceptron": PerceptronTopK(width=5),
         "null": NullExperts(k=3),
         "gshard": GShardTop2(seed=0),
         "threshold": Threshold(),
@@ -93,6 +95,21 @@ def every_router():
 
 
 # Against other libraries
+
+
+def test_perceptron_is_torchs():
+    torch.manual_seed(0)
+    router = PerceptronTopK(width=5, k=3).bind(8, 6)
+    nn.init.normal_(router.inner_bias)
+    theirs = nn.Sequential(nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 6, bias=False))
+    given = {"0.weight": router.inner, "0.bias": router.inner_bias, "2.weight": router.weight}
+    theirs.load_state_dict({name: value.detach() for name, value in given.items()})
+    hidden = torch.randn(11, 8)
+    routing, logits = router(hidden), theirs(hidden)
+    torch.testing.assert_close(routing.logits, logits)
+    top = logits.topk(3, dim=1)
+    assert torch.equal(routing.indices, top.indices)
+    torch.testing.assert_close(routing.weights, top.values.softmax(dim=1))
 
 
 @pytest.mark.parametrize(
@@ -212,6 +229,7 @@ def test_renormalised_softmax_is_a_softmax_over_the_chosen():
     k=st.integers(1, 7),
     masked=st.booleans(),
 )
+@example(rows=[[0, 0, 0, -2, -2, -2, -2]], k=4, masked=True)
 def test_ties_go_to_the_lowest_index(rows, k, masked):
     scores = torch.tensor(rows, dtype=torch.float32)
     if masked:
@@ -512,6 +530,7 @@ def test_padding_alone_goes_nowhere(name):
         "standardised",
         "cosine",
         "attention",
+        "perceptron",
         "null",
         "gshard",
         "dselect-k",
@@ -617,7 +636,9 @@ def test_every_name_and_preset_is_tested_and_made():
         (lambda: HashRouter().bind(4, 2), "vocabulary must be at least 1"),
         (lambda: DomainRouter(groups=[[0], []]).bind(4, 2), "at least one expert"),
         (lambda: TopK().bind(0, 4), "at least 1, got 0 and 4"),
-        (lambda: make_router("top-q", 4, 2), "unknown router 'top-q'; there are: .*top-k"),
+        (lambda: PerceptronTopK(width=0).bind(4, 2), "width must be at least 1, got 0"),
+        (lambda: make_router("top-q", 4, 2), "unknown router 'top-q'; there are: .*recurrent.*top"),
+        (lambda: make_router("recurrent", 4, 2), r"spans the layers of a model: use it in to_moe"),
         (lambda: make_router({"name": "top-k", "q": 1}, 4, 2), "it accepts: k, score"),
         (lambda: make_router(TopK().bind(4, 3), 4, 2), "made for 3 experts, the layer has 2"),
         (lambda: make_router(3, 4, 2), "got int"),

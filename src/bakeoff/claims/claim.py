@@ -194,7 +194,10 @@ def _evidence(
 ) -> list[Evidence]:
     from bakeoff.study import compare
 
-    found = []
+    found: list[Evidence] = []
+    known = scores[claim.metrics[0]] if claim.metrics else {}
+    if not {claim.treatment, *claim.references} <= set(known):
+        return found  # a design that cannot run at this size: nothing measured, nothing decided
     for metric in claim.metrics:
         for reference in claim.references:
             # One comparison per pair, each at its own level: a conjunction needs no correction.

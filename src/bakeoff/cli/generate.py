@@ -49,7 +49,7 @@ def generate(
 
     from bakeoff.decoding.decoders import Generation, Resources, check, decoder_kind
     from bakeoff.decoding.decoders import generate as answer_all
-    from bakeoff.models import load_language_model
+    from bakeoff.experts.loading import load_mixture
 
     console = Console(stderr=True)
     values: dict[str, Any] = {name: json_or_text(text) for name, text in params.items()}
@@ -72,11 +72,11 @@ def generate(
     given = [name for name, value in resources.items() if value is not None]
     check(method, asked, generation, given=given, params=values)
     console.print(f"loading {model}", style="dim", highlight=False)
-    loaded = load_language_model(model)
+    loaded = load_mixture(model)
     found = Resources(
         grammar=read,
         trie=_trie(trie),
-        large=None if large is None else load_language_model(large),
+        large=None if large is None else load_mixture(large),
         rule=winner.rule,
     )
     answers = _answered(answer_all, method, loaded, asked, generation, found, values, console)

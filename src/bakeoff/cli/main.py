@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import bakeoff
+from bakeoff.cli.experts import experts_app
 from bakeoff.errors import BakeoffError
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(experts_app, name="experts")
+
 Json = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output instead of text.")
 ]
@@ -78,15 +81,18 @@ def options(
 @app.command()
 def run(
     family: Annotated[
-        str, typer.Argument(help="What is compared: embedding, selection or decoding.")
+        str,
+        typer.Argument(
+            help="What is compared: embedding, selection, decoding, experts or adapters."
+        ),
     ] = "embedding",
     data: Annotated[
         list[Path] | None,
         typer.Option(
             "--data",
             help="Your file or folder (Parquet, JSONL, CSV, datasets); may be given several times. "
-            "Pairs or triplets, labelled texts, or scored pairs. Default: real text that comes "
-            "with Python and packages.",
+            "Pairs or triplets, labelled texts, or scored pairs; for experts and adapters texts by "
+            "domain, NAME=PATH. Default: real text that comes with Python and packages.",
         ),
     ] = None,
     target: Annotated[
@@ -116,7 +122,8 @@ def run(
         typer.Option(
             "--base",
             help="Base model: packaged name, folder, .gguf file or hub id. Default: smollm2-135m; "
-            "with --target a small GPT trained on the pool beforehand.",
+            "with --target a small GPT trained on the pool beforehand; for experts and adapters a "
+            "small decoder.",
         ),
     ] = None,
     embedder: Annotated[
@@ -159,7 +166,8 @@ def run(
         typer.Option(
             "--question",
             help="decoding: constrained, order, memory, cascade or infilling, where the files do "
-            "not say, or for default data.",
+            "not say, or for default data. experts: layers (the default), upcycling or "
+            "refactoring.",
         ),
     ] = None,
     grammar: Annotated[
@@ -179,7 +187,27 @@ def run(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", min=1, help="selection, decoding (infilling): to train on."),
+        typer.Option(
+            "--tokens",
+            min=1,
+            help="selection, decoding (infilling), experts, adapters: to train on.",
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            "--layers", min=1, help="experts, adapters: keep only the base's first layers."
+        ),
+    ] = None,
+    match: Annotated[
+        Literal["tokens", "flops"] | None,
+        typer.Option("--match", help="experts: what designs have equal. Default: tokens."),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank", min=1, help="adapters: as many trained parameters as LoRA of this rank has."
+        ),
     ] = None,
     designs: Annotated[
         str | None,
@@ -265,6 +293,9 @@ def run(
             grammar=grammar,
             large=large,
             max_new_tokens=max_new_tokens,
+            layers=layers,
+            match=match,
+            rank=rank,
         ),
         reference=reference,
         seeds=seeds,
@@ -559,6 +590,12 @@ def _print_designs(as_json: bool) -> None:
         order_designs,
     )
     from bakeoff.embedding.problem import default_designs
+    from bakeoff.experts.problem import (
+        adapter_designs,
+        layer_designs,
+        refactoring_designs,
+        upcycling_designs,
+    )
     from bakeoff.selection.problem import annotation_designs, training_designs
     from bakeoff.study import Designs
 
@@ -570,6 +607,10 @@ def _print_designs(as_json: bool) -> None:
         "decoding, constrained": constrained_designs(),
         "decoding, cascade": cascade_designs(),
         "decoding, infilling": infilling_designs(),
+        "experts, layers": layer_designs(),
+        "experts, upcycling": upcycling_designs(),
+        "experts, refactoring": refactoring_designs(),
+        "adapters": adapter_designs(),
     }
     if as_json:
         listed = [

@@ -27,6 +27,8 @@ FAMILIES = {
     "embedding": "run_embedding",
     "selection": "run_selection",
     "decoding": "run_decoding",
+    "experts": "run_experts",
+    "adapters": "run_adapters",
 }
 """Families that can be compared, and the module here that turns options into their contest."""
 
@@ -59,10 +61,22 @@ class Options:
     grammar: str | None = None
     large: str | None = None
     max_new_tokens: int | None = None
+    layers: int | None = None
+    match: Literal["tokens", "flops"] | None = None
+    rank: int | None = None
 
 
-DECODING_ONLY = ("prompts", "question", "grammar", "large", "max_new_tokens")
-"""Options that other families refuse."""
+FAMILIES_OF: dict[str, tuple[str, ...]] = {
+    "prompts": ("decoding",),
+    "grammar": ("decoding",),
+    "large": ("decoding",),
+    "max_new_tokens": ("decoding",),
+    "question": ("decoding", "experts"),
+    "layers": ("experts", "adapters"),
+    "match": ("experts",),
+    "rank": ("adapters",),
+}
+"""Options that not every family knows, and the families that do; the others refuse them."""
 
 
 class ContestProblem(Problem, Protocol):
@@ -125,6 +139,9 @@ def run(
 
     if family not in FAMILIES:
         raise typer.BadParameter(f"there is {', '.join(FAMILIES)}; got {family!r}")
+    for option, families in FAMILIES_OF.items():
+        if family not in families:
+            refuse(options, (option,), f"is for {' and '.join(families)}; leave it out")
     console = Console(stderr=as_json)
     contest = import_module(f"bakeoff.cli.{FAMILIES[family]}").contest(options, console)
     problem = contest.problem

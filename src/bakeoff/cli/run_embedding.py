@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bakeoff.cli.run import DECODING_ONLY, Contest, Options, choose_designs, refuse, runnable
+from bakeoff.cli.run import Contest, Options, choose_designs, refuse, runnable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,6 @@ def contest(options: Options, console: Console) -> Contest:
     """Read the data, load the base model, choose the designs."""
     from bakeoff.embedding.problem import EmbeddingProblem, default_designs
 
-    refuse(options, DECODING_ONLY, "is for decoding; leave it out")
     refuse(options, SELECTION_ONLY, "makes no difference to embedding; leave it out")
     choose_designs(default_designs(), options.designs)  # a wrong name is told before any work
     console.print("reading data", style="dim")

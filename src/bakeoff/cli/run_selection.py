@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bakeoff.cli.run import DECODING_ONLY, Contest, Options, choose_designs, refuse, runnable
+from bakeoff.cli.run import Contest, Options, choose_designs, refuse, runnable
 from bakeoff.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ TRAINING_ONLY = (
 
 def contest(options: Options, console: Console) -> Contest:
     """Read the data and choose the designs: to label, or with a target to train on."""
-    refuse(options, DECODING_ONLY, "is for decoding; leave it out")
     console.print("reading data", style="dim")
     if options.target is None:
         return _annotation(options, console)

@@ -1,14 +1,11 @@
-"""Mixture of experts: layers, routers, balance, upcycling, adapters from shared shards.
-
-The methods here are tested components; they join the shelf (`bakeoff methods`) when their claims
-are recorded and a study can compare them.
-"""
+"""Mixture of experts: layers, routers, balance, upcycling, adapters from shared shards."""
 
 from importlib import import_module
 from typing import Any
 
 # Where each public name lives. Loaded on first use, so that importing this package costs nothing.
 _HOMES = {
+    "AdapterProblem": "bakeoff.experts.problem.adapters",
     "AdaptiveCoefficient": "bakeoff.experts.balance_losses",
     "ArrivalBatcher": "bakeoff.experts.expert_serving",
     "AttentionTopK": "bakeoff.experts.routers",
@@ -31,10 +28,13 @@ _HOMES = {
     "ExpertReport": "bakeoff.experts.inspection",
     "FeedForwardExperts": "bakeoff.experts.feed_forward",
     "GShardTop2": "bakeoff.experts.routers",
+    "GlobalBalance": "bakeoff.experts.balance_losses",
     "HashRouter": "bakeoff.experts.fixed_routers",
     "Importance": "bakeoff.experts.balance_losses",
+    "InspectionPage": "bakeoff.experts.inspection_report",
     "LOSSES": "bakeoff.experts.balance_losses",
     "LRUCache": "bakeoff.experts.expert_serving",
+    "LayerProblem": "bakeoff.experts.problem.layers",
     "LayerReport": "bakeoff.experts.inspection",
     "LoRAExperts": "bakeoff.experts.lora_experts",
     "Load": "bakeoff.experts.balance_losses",
@@ -52,6 +52,7 @@ _HOMES = {
     "OffloadedExperts": "bakeoff.experts.expert_serving",
     "PRESETS": "bakeoff.experts.routers",
     "ParameterCounts": "bakeoff.experts.conversion",
+    "PerceptronTopK": "bakeoff.experts.routers",
     "PreGatingRouter": "bakeoff.experts.read_me",
     "ROUTERS": "bakeoff.experts.routers",
     "RandomCache": "bakeoff.experts.expert_serving",
@@ -59,6 +60,7 @@ _HOMES = {
     "ReadMeConfig": "bakeoff.experts.read_me",
     "ReadMeForCausalLM": "bakeoff.experts.read_me",
     "RecurrentRouter": "bakeoff.experts.recurrent_router",
+    "RefactoringProblem": "bakeoff.experts.problem.refactoring",
     "RoutePlan": "bakeoff.experts.read_me",
     "Router": "bakeoff.experts.protocol",
     "RouterModule": "bakeoff.experts.routers",
@@ -79,7 +81,9 @@ _HOMES = {
     "TopK": "bakeoff.experts.routers",
     "UpcycledConfig": "bakeoff.experts.upcycled_model",
     "UpcycledForCausalLM": "bakeoff.experts.upcycled_model",
+    "UpcyclingProblem": "bakeoff.experts.problem.upcycling",
     "ZLoss": "bakeoff.experts.balance_losses",
+    "adapter_designs": "bakeoff.experts.problem.adapters",
     "after_optimizer_step": "bakeoff.experts.mixture_of_experts",
     "aux_loss": "bakeoff.experts.mixture_of_experts",
     "average_models": "bakeoff.experts.bam",
@@ -94,18 +98,25 @@ _HOMES = {
     "grouped_feed_forward": "bakeoff.experts.grouped",
     "grouped_linear": "bakeoff.experts.grouped",
     "inspect_experts": "bakeoff.experts.inspection",
+    "layer_designs": "bakeoff.experts.problem.layers",
     "layer_numbers": "bakeoff.experts.conversion",
+    "load_experts": "bakeoff.experts.loading",
+    "load_mixture": "bakeoff.experts.loading",
     "load_moe": "bakeoff.experts.conversion",
     "load_recurrent": "bakeoff.experts.recurrent_router",
+    "make_layer_routers": "bakeoff.experts.recurrent_router",
     "make_loss": "bakeoff.experts.balance_losses",
     "make_router": "bakeoff.experts.routers",
     "measure_costs": "bakeoff.experts.expert_serving",
     "mixture_cost": "bakeoff.experts.bam",
+    "mixture_layers": "bakeoff.experts.inspection",
     "moe_layers": "bakeoff.experts.mixture_of_experts",
     "moefy": "bakeoff.experts.read_me",
     "parameter_counts": "bakeoff.experts.conversion",
     "prolora": "bakeoff.experts.mixture_of_shards",
+    "prune_channels": "bakeoff.experts.channel_pruning",
     "pure_sharing": "bakeoff.experts.mixture_of_shards",
+    "refactoring_designs": "bakeoff.experts.problem.refactoring",
     "routing_distillation_loss": "bakeoff.experts.read_me",
     "routing_mutual_information": "bakeoff.experts.recurrent_router",
     "routing_stats": "bakeoff.experts.mixture_of_experts",
@@ -113,6 +124,7 @@ _HOMES = {
     "seats": "bakeoff.experts.capacity",
     "shard_layouts": "bakeoff.experts.shard_layout",
     "simulate_serving": "bakeoff.experts.expert_serving",
+    "text_batches": "bakeoff.experts.inspection",
     "tied_lora": "bakeoff.experts.mixture_of_shards",
     "to_moe": "bakeoff.experts.conversion",
     "train_causal": "bakeoff.experts.causal_training",
@@ -120,7 +132,9 @@ _HOMES = {
     "tune_experts": "bakeoff.experts.read_me",
     "tune_router": "bakeoff.experts.read_me",
     "upcycle": "bakeoff.experts.bam",
+    "upcycling_designs": "bakeoff.experts.problem.upcycling",
     "within_capacity": "bakeoff.experts.capacity",
+    "write_inspection": "bakeoff.experts.inspection_report",
 }
 
 __all__ = list(_HOMES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bakeoff.errors import DataError
+from bakeoff.experts.global_balance import LoadBalancingLoss, Scope
 from bakeoff.experts.protocol import Routing, RoutingLoss
 
 LOSSES: dict[str, type[Any]] = {}
@@ -98,7 +101,7 @@ class SwitchBalance:
     Notes
     -----
     f counts the router's choices before capacity drops any, and carries no gradient. The batch is
-    one micro-batch of one process; see the global-balance loss for more.
+    one micro-batch of one process; see `GlobalBalance` for more.
 
     References
     ----------
@@ -122,6 +125,130 @@ class SwitchBalance:
         share = load_fractions(routing, self.first_choice)
         mean = token_mean(routing.probs, mask)
         return self.coefficient * routing.n_experts * (share * mean).sum()
+
+
+@_named("global-balance")
+@dataclass(eq=False)
+class GlobalBalance:
+    """`SwitchBalance` with shares counted over the global batch: a layer's `LoadBalancingLoss`.
+
+    The shares are those of all micro-batches since the last `reset`, in all processes. Each layer
+    has its own loss: a `MoE` takes a copy. `MoE.update`, which `after_optimizer_step` calls for
+    every layer, resets it.
+
+    Parameters
+    ----------
+    coef
+        Multiplies the loss.
+    scope
+        ``"global"``, ``"micro"``, ``"sequence"`` or ``"shuffle"``, see `LoadBalancingLoss`.
+        ``"micro"`` is `SwitchBalance` with the same coefficient, for any number of choices.
+    sequences_per_group, micro_share, token_weighted, timeout, seed
+        As in `LoadBalancingLoss`.
+    accumulation_steps
+        More micro-batches than this without a reset give a warning: it was forgotten.
+    group
+        A ``torch.distributed`` process group; None for the default one, if there is one. It is not
+        saved: a loaded layer has None.
+
+    Raises
+    ------
+    bakeoff.errors.DataError
+        As `LoadBalancingLoss`; and if two layers of different sizes call the same loss.
+
+    Notes
+    -----
+    Null experts count as in `SwitchBalance`: only their mean load matters. With activation
+    checkpointing, run the backward pass of one micro-batch before the forward pass of the next.
+
+    References
+    ----------
+    Zihan Qiu et al. "Demons in the Detail: On Implementing Load Balancing Loss for Training
+    Specialized Mixture-of-Expert Models". ACL 2025. arXiv:2501.11873.
+
+    Examples
+    --------
+    Two micro-batches, each with an expert of its own: balanced as a whole.
+
+    >>> sure = torch.eye(2)
+    >>> first, second = (
+    ...     Routing(sure[[i]].log(), sure[[i]], torch.tensor([[i]]), torch.ones(1, 1))
+    ...     for i in range(2)
+    ... )
+    >>> loss = GlobalBalance(coef=1.0)
+    >>> float(loss(first)), float(loss(second))
+    (2.0, 1.0)
+    >>> loss.reset()
+    """
+
+    coef: float = 0.01
+    scope: Scope = "global"
+    sequences_per_group: int = 1
+    micro_share: float = 0.0
+    token_weighted: bool = True
+    accumulation_steps: int = 256
+    timeout: float = 600.0
+    seed: int = 0
+    group: Any = None
+
+    def __post_init__(self) -> None:
+        self._inner: LoadBalancingLoss | None = None
+        self._make(1)  # impossible settings are refused now
+
+    def _make(self, n_experts: int) -> LoadBalancingLoss:
+        settings = {name: getattr(self, name) for name in _field_names(self)}
+        # How many experts a token takes is read from the routing.
+        return LoadBalancingLoss(n_experts, 1, **settings)
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether the mask must come as ``(B, S)``, so that sequences are known."""
+        return self.scope in ("sequence", "shuffle")
+
+    @property
+    def fractions(self) -> Tensor | None:
+        """``(N,)`` float32: shares of the assignments since the last reset; None before any."""
+        if self._inner is None or not len(self._inner.counts):
+            return None
+        return self._inner.fractions[0]
+
+    def __call__(self, routing: Routing, mask: Tensor | None = None) -> Tensor:
+        """Return the scalar loss; `mask` is ``(T,)`` or ``(B, S)`` bool."""
+        if self._inner is None:
+            self._inner = self._make(routing.n_experts)
+        if self._inner.num_experts != routing.n_experts:
+            raise DataError(
+                f"the loss counted {self._inner.num_experts} experts before, the routing has "
+                f"{routing.n_experts}: each layer needs a loss of its own"
+            )
+        null = routing.aux.get("null_experts")
+        if null is not None:
+            # The mean of the probabilities with the loads does what the mean of the loads would.
+            even = routing.probs[:, null].mean(dim=1, keepdim=True)
+            routing = dataclasses.replace(routing, probs=torch.where(null, even, routing.probs))
+        loss: Tensor = self._inner(routing, mask)
+        return loss
+
+    def reset(self) -> None:
+        """Forget the counts; `MoE.update` calls this after each optimizer step."""
+        if self._inner is not None:
+            self._inner.reset()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name and the constructor's arguments, JSON-able; without the group."""
+        own = {name: getattr(self, name) for name in _field_names(self) if name != "group"}
+        return {"name": "global-balance", **own}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GlobalBalance:
+        # A process group cannot be copied, only shared.
+        twin = type(self)(**{name: getattr(self, name) for name in _field_names(self)})
+        memo[id(self)] = twin
+        twin._inner = copy.deepcopy(self._inner, memo)
+        return twin
+
+
+def _field_names(made: Any) -> list[str]:
+    return [item.name for item in dataclasses.fields(made)]
 
 
 @_named("device-balance")
@@ -333,6 +460,16 @@ class AdaptiveCoefficient:
     def __call__(self, routing: Routing, mask: Tensor | None = None) -> Tensor:
         """Return the scalar loss."""
         return self.coefficient * self.loss(routing, mask)
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether the inner loss does."""
+        return bool(getattr(self.loss, "needs_sequences", False))
+
+    def reset(self) -> None:
+        """Forget what the inner loss counted, if it counts."""
+        if hasattr(self.loss, "reset"):
+            self.loss.reset()
 
     def observe(self, drop_rate: float) -> None:
         """Adapt the coefficient; `MoE.update` calls this."""

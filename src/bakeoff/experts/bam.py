@@ -34,6 +34,23 @@ from bakeoff.experts.upcycled_model import (
     shared_rows,
 )
 
+METHOD = {
+    "slug": "bam",
+    "title": "Branch-Attend-Mix: dense specialists upcycled to a mixture of attention and "
+    "feed-forward experts",
+    "paper": "Zhang et al., BAM! Just Like That: Simple and Efficient Parameter Upcycling for "
+    "Mixture of Experts, NeurIPS 2024, arXiv 2408.08274",
+    "designs": ["bam", "bam-shared-kv", "btx", "btx-6-top-3", "average", "dense-continued"],
+    "names": [
+        "upcycle",
+        "average_models",
+        "train_causal",
+        "domain_batches",
+        "mixture_cost",
+        "MixtureCost",
+    ],
+}
+
 # What may differ between configurations of models that mix: none of it changes a computation.
 _IMMATERIAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 _IMMATERIAL |= {"use_cache", "_attn_implementation", "attn_implementation"}

@@ -19,6 +19,14 @@ from bakeoff.experts.feed_forward import FeedForwardExperts
 from bakeoff.experts.lora_experts import LoRAExperts
 from bakeoff.experts.mixture_of_experts import MoE, aux_loss, moe_layers
 from bakeoff.experts.protocol import Router, RoutingLoss
+from bakeoff.experts.recurrent_router import (
+    LayerRouter,
+    RecurrentRouter,
+    is_recurrent,
+    make_layer_routers,
+    saved_layer_routers,
+    thread_layers,
+)
 
 SETTINGS_FILE = "moe.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -246,7 +254,7 @@ def layer_numbers(
 def to_moe(
     model: nn.Module,
     experts: int = 8,
-    router: str | dict[str, Any] | Callable[[], Router] = "top-k",
+    router: str | dict[str, Any] | RecurrentRouter | Callable[[], Router] = "top-k",
     *,
     start: str = "copy",
     granularity: int = 1,
@@ -268,7 +276,9 @@ def to_moe(
     experts
         Experts per layer.
     router
-        Name, dict, or a function that makes a router for each layer.
+        Name, dict, or a function that makes a router for each layer. ``"recurrent"``, a dict of
+        that name, or a `RecurrentRouter`: one router that all layers share, see
+        `make_layer_routers`.
     start
         ``"copy"``: each expert is the dense layer (sparse upcycling). ``"split"``: the experts are
         the parts of one dense layer. ``"random"``: fresh weights of the dense layer's shape.
@@ -329,10 +339,15 @@ def to_moe(
     chosen = layer_numbers(len(stack), every, dense_first, layers)
     parts = experts if start == "split" else granularity
     made: dict[int, MoE] = {}
+    spanning: list[LayerRouter] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if is_recurrent(router):
+            _check_one_device(stack, chosen)
+            given: Any = router
+            spanning = make_layer_routers(given, _hidden_size(model), experts, len(chosen))
         # All are made before any is put in place: an error leaves the model as it was.
-        for number in chosen:
+        for index, number in enumerate(chosen):
             name = _mlp_name(stack[number])
             dense = getattr(stack[number], name)
             if isinstance(dense, MoE) or _looks_like_mixture(dense):
@@ -342,7 +357,7 @@ def to_moe(
             layer = MoE(
                 bank.hidden,
                 bank,
-                _router(router),
+                spanning[index] if spanning else _router(router),
                 aux=aux,
                 causal=True,
                 shared=shared,
@@ -357,6 +372,7 @@ def to_moe(
             made[number] = layer.train(dense.training)
     for number, layer in made.items():
         setattr(stack[number], _mlp_name(stack[number]), layer)
+    thread_layers([stack[number] for number in chosen])
     _connect(model, add_aux_to_loss)
     model.moe_layers_at = (path, chosen)  # type: ignore[assignment]
     return model
@@ -367,6 +383,14 @@ def _router(router: Any) -> Any:
     if callable(router) and not hasattr(router, "n_experts"):
         return router()
     return copy.deepcopy(router)
+
+
+def _check_one_device(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
+    devices = {str(next(stack[number].parameters()).device) for number in numbers}
+    if len(devices) > 1:
+        raise ModelError(
+            f"a recurrent router needs its layers on one device, they are on {sorted(devices)}"
+        )
 
 
 def _looks_like_mixture(module: nn.Module) -> bool:
@@ -525,10 +549,16 @@ def load_moe(folder: str | Path) -> Any:
         raise ModelError(f"transformers has no model class {text['class']!r}")
     model = kind(config)
     stack: Any = model.get_submodule(text["layers_at"])
-    for entry in text["layers"]:
+    settings = [dict(entry["settings"]) for entry in text["layers"]]
+    if is_recurrent(settings[0]["router"]):
+        spanning = saved_layer_routers([each["router"] for each in settings])
+        for each, router in zip(settings, spanning, strict=True):
+            each["router"] = router
+    for entry, given in zip(text["layers"], settings, strict=True):
         layer = stack[entry["layer"]]
         name = _mlp_name(layer)
-        setattr(layer, name, MoE.from_settings(entry["settings"], dense=getattr(layer, name)))
+        setattr(layer, name, MoE.from_settings(given, dense=getattr(layer, name)))
+    thread_layers([stack[entry["layer"]] for entry in text["layers"]])
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as stored:
         kept = set(stored.keys())
         for key, parameter in model.named_parameters(remove_duplicate=False):

@@ -24,6 +24,15 @@ from bakeoff.experts.protocol import Routing
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+METHOD = {
+    "slug": "global-balance",
+    "title": "Load-balancing loss over the global batch",
+    "paper": 'Qiu et al., "Demons in the Detail: On Implementing Load Balancing Loss for Training '
+    'Specialized Mixture-of-Expert Models", ACL 2025, arXiv 2501.11873',
+    "designs": ["top-k"],
+    "names": ["LoadBalancingLoss", "GlobalBalance", "BalanceSyncError"],
+}
+
 Scope = Literal["global", "micro", "sequence", "shuffle"]
 _GATE = re.compile(r"\.(gate|router)\.weight$")
 SCOPES = ("global", "micro", "sequence", "shuffle")
@@ -467,7 +476,8 @@ class LoadBalancingLoss(nn.Module):
         warnings.warn(
             f"{max(self._steps)} micro-steps were counted since the last reset, "
             f"accumulation_steps is {self.accumulation_steps}: call reset() after each optimizer "
-            "step, or declare the micro-steps with accumulation_steps or accumulate(steps)",
+            "step (after_optimizer_step(model), for the layers of to_moe), or declare the "
+            "micro-steps with accumulation_steps or accumulate(steps)",
             stacklevel=6,  # past forward and the call of a module
         )
 

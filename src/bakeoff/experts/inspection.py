@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from bakeoff.errors import DataError, ModelError
 from bakeoff.experts.feed_forward import FeedForwardExperts
-from bakeoff.experts.mixture_of_experts import MoE
+from bakeoff.experts.mixture_of_experts import MoE, router_k
+from bakeoff.experts.protocol import Routing
+from bakeoff.experts.recurrent_router import RecurrentRouter
+from bakeoff.experts.soft_routers import Dense, MergedExperts, SoftMoE
 
 Floats = NDArray[np.float64]
 
@@ -36,7 +39,10 @@ class LayerReport:
     drop_rate
         Share of the assignments that capacity dropped.
     similarity
-        Mean cosine between the experts' weights, pair by pair; NaN where weights are not stacked.
+        Mean cosine between the experts' weights, pair by pair; NaN where that is not known. Of a
+        Read-ME model: the share of channels that two experts have in common.
+    soft
+        Every token visits every expert: `counts` are of each token's heaviest one.
     """
 
     name: str
@@ -44,6 +50,12 @@ class LayerReport:
     entropy: float
     drop_rate: float
     similarity: float
+    soft: bool = False
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts."""
+        return len(self.counts)
 
     @property
     def load(self) -> Floats:
@@ -115,6 +127,7 @@ class ExpertReport:
                     "drop_rate": layer.drop_rate,
                     "specialisation": _none_if_nan(layer.specialisation),
                     "similarity": _none_if_nan(layer.similarity),
+                    "soft": layer.soft,
                 }
                 for layer in self.layers
             ],
@@ -145,6 +158,7 @@ class _Tally:
 
     n_experts: int
     n_domains: int
+    soft: bool
     counts: Tensor = field(init=False)
     entropy: float = 0.0
     n_tokens: int = 0
@@ -157,8 +171,12 @@ class _Tally:
     def add(self, seen: _Seen, present: Tensor, domains: Tensor) -> None:
         indices, domains = seen.indices[present], domains[present]
         chosen = (indices >= 0) & (indices < self.n_experts)
-        cell = indices * self.n_domains + domains[:, None]
-        found = torch.bincount(cell[chosen], minlength=self.counts.numel())
+        counted, valid = indices, chosen
+        if self.soft:
+            counted = _heaviest(seen)[present]
+            valid = (counted >= 0) & (counted < self.n_experts)
+        cell = counted * self.n_domains + domains[:, None]
+        found = torch.bincount(cell[valid], minlength=self.counts.numel())
         self.counts += found.view_as(self.counts)
         each = torch.special.entr(seen.probs[present].double()).sum(dim=1)
         self.entropy += float(each.sum())
@@ -168,19 +186,30 @@ class _Tally:
             self.dropped += int((chosen & ~seen.kept[present]).sum())
 
 
+def _heaviest(seen: _Seen) -> Tensor:
+    """Return ``(T, 1)``: the expert of the largest probability, -1 where a token has none."""
+    return seen.probs.argmax(dim=1, keepdim=True).where(seen.indices[:, :1] >= 0, -1)
+
+
 def mixture_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules to watch by name: `MoE` layers, and routers of transformers' mixtures.
+    """Return the modules to watch by name.
+
+    They are `MoE` layers, routers of upcycled models, the one router of a Read-ME model, and
+    routers of transformers' mixtures.
 
     Raises
     ------
     bakeoff.errors.ModelError
         If there are none.
     """
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, MoE) or _is_their_router(module)
-    }
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            inside.update(module.modules())
+            found[name] = module
+        elif module not in inside and (_is_our_router(module) or _is_their_router(module)):
+            found[name] = module
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no mixture-of-experts layer: neither a MoE of this "
@@ -189,10 +218,26 @@ def mixture_layers(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def _is_our_router(module: nn.Module) -> bool:
+    from bakeoff.experts.read_me import PreGatingRouter
+    from bakeoff.experts.upcycled_model import ExpertRouter
+
+    return isinstance(module, PreGatingRouter | ExpertRouter)
+
+
 def _is_their_router(module: nn.Module) -> bool:
     # transformers' routers return (logits, weights, indices) and say how many experts they have.
     named = type(module).__name__.lower().endswith(("router", "gate"))
-    return named and hasattr(module, "top_k") and hasattr(module, "num_experts")
+    own = isinstance(module, RecurrentRouter)  # all layers', behind theirs
+    return named and not own and hasattr(module, "top_k") and hasattr(module, "num_experts")
+
+
+def _is_soft(module: nn.Module) -> bool:
+    """Tell whether every token visits every expert of a layer."""
+    k = router_k(module.router) if isinstance(module, MoE) else getattr(module, "top_k", 1)
+    if isinstance(module, MoE) and isinstance(module.router, Dense | SoftMoE | MergedExperts):
+        k = module.n_experts
+    return _n_experts(module) > 1 and k == _n_experts(module)
 
 
 @contextmanager
@@ -205,6 +250,13 @@ def _watching(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, _Seen]]:
             seen[name] = _Seen(routing.probs, routing.indices, module._kept)  # type: ignore[union-attr, arg-type]
 
         def theirs(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Routing):
+                seen[name] = _Seen(output.probs, output.indices, None)
+                return
+            if isinstance(output, Tensor) and _is_our_router(module):  # logits (B, T, N)
+                probs = output.flatten(0, -2).softmax(dim=1)
+                seen[name] = _Seen(probs, probs.argmax(dim=1, keepdim=True), None)
+                return
             if not isinstance(output, tuple) or len(output) != 3:
                 raise ModelError(
                     f"{type(module).__name__} does not return (logits, weights, indices)"
@@ -239,8 +291,8 @@ def inspect_experts(
     Parameters
     ----------
     model
-        A decoder with `MoE` layers (see `to_moe`) or one of transformers' own mixtures. Runs in
-        evaluation mode without gradients; its mode is restored.
+        A decoder with `MoE` layers (see `to_moe`), an upcycled or Read-ME model, or one of
+        transformers' own mixtures. Runs in evaluation mode without gradients; its mode is restored.
     batches
         Dicts with ``input_ids`` ``(B, L)``, optionally ``attention_mask`` ``(B, L)``, and
         ``domains``, the number of each sequence's domain, ``(B,)``, or of each token's, ``(B, L)``;
@@ -264,7 +316,9 @@ def inspect_experts(
     """
     layers = mixture_layers(model)
     sizes = {name: _n_experts(module) for name, module in layers.items()}
-    tallies = {name: _Tally(size, len(domains)) for name, size in sizes.items()}
+    tallies = {
+        name: _Tally(size, len(domains), _is_soft(layers[name])) for name, size in sizes.items()
+    }
     starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
     joint = torch.zeros(sum(sizes.values()), sum(sizes.values()), dtype=torch.float64)
     tokens = torch.zeros(len(domains), dtype=torch.int64)
@@ -289,7 +343,7 @@ def inspect_experts(
                             f"{name} routed {len(one.indices)} tokens of {len(present)}"
                         )
                     tallies[name].add(one, present, number)
-                    top = one.indices[present, 0]
+                    top = (_heaviest(one) if tallies[name].soft else one.indices)[present, 0]
                     real = (top >= 0) & (top < sizes[name])
                     first[real.nonzero()[:, 0], starts[name] + top[real]] = 1.0
                 joint += (first.T @ first).double()
@@ -307,6 +361,7 @@ def inspect_experts(
             tally.entropy / max(tally.n_tokens, 1) / max(math.log(max(tally.n_experts, 2)), 1e-9),
             tally.dropped / max(tally.chosen, 1),
             expert_similarity(layers[name], model, name),
+            tally.soft,
         )
         for name, tally in tallies.items()
     )
@@ -316,7 +371,7 @@ def inspect_experts(
 
 
 def _n_experts(module: nn.Module) -> int:
-    return int(module.n_experts if isinstance(module, MoE) else module.num_experts)  # type: ignore[arg-type]
+    return int(module.n_experts if hasattr(module, "n_experts") else module.num_experts)  # type: ignore[arg-type]
 
 
 def _unpack(batch: Mapping[str, Any], n_domains: int) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -355,8 +410,9 @@ def _shared_information(joint: Floats) -> float:
 def expert_similarity(module: nn.Module, model: nn.Module | None = None, name: str = "") -> float:
     """Return the mean cosine of a layer's experts' weights over all pairs; NaN if unknown.
 
-    1 right after copying one feed-forward layer, about 0 for independent weights. For a router of
-    transformers, `model` and `name` lead to the bank beside it.
+    1 right after copying one feed-forward layer, about 0 for independent weights. For a router that
+    stands beside its experts, `model` and `name` lead to them; for a Read-ME model's it is the
+    share of channels that two experts have in common.
     """
     if isinstance(module, MoE):
         bank = module.experts
@@ -364,10 +420,20 @@ def expert_similarity(module: nn.Module, model: nn.Module | None = None, name: s
             return math.nan
         stacked: list[Any] = [bank.w_in, bank.w_out]
     else:
-        block = model.get_submodule(name.rpartition(".")[0]) if model is not None else module
+        block: Any = model.get_submodule(name.rpartition(".")[0]) if model is not None else module
+        if hasattr(block, "expert_masks"):
+            shared = block.masks.overlap()
+            return float((shared.sum() - np.trace(shared)) / (len(shared) * (len(shared) - 1)))
         theirs = getattr(block, "experts", None)
-        stacked = [getattr(theirs, n, None) for n in ("gate_up_proj", "down_proj")]
-    if any(not isinstance(p, Tensor) or p.ndim != 3 for p in stacked) or len(stacked[0]) < 2:
+        if isinstance(theirs, nn.ModuleList):
+            stacked = _stacked(theirs)
+        else:
+            stacked = [getattr(theirs, n, None) for n in ("gate_up_proj", "down_proj")]
+    if (
+        not stacked
+        or any(not isinstance(p, Tensor) or p.ndim != 3 for p in stacked)
+        or len(stacked[0]) < 2
+    ):
         return math.nan
     gram = torch.zeros(len(stacked[0]), len(stacked[0]), dtype=torch.float64)
     for parameter in stacked:
@@ -377,3 +443,85 @@ def expert_similarity(module: nn.Module, model: nn.Module | None = None, name: s
     cosine = gram / length[:, None] / length[None, :]
     n = len(cosine)
     return float((cosine.sum() - cosine.diagonal().sum()) / (n * (n - 1)))
+
+
+def _stacked(experts: nn.ModuleList) -> list[Tensor]:
+    """Return ``(N, rows, columns)`` matrices that all experts have, each by itself."""
+    named = [dict(expert.named_parameters()) for expert in experts]
+    return [
+        torch.stack([own[name].detach() for own in named])
+        for name, first in named[0].items()
+        if first.ndim == 2 and all(name in own and own[name].shape == first.shape for own in named)
+    ]
+
+
+def text_batches(
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[str]],
+    *,
+    max_tokens: int | None = 20_000,
+    max_length: int = 512,
+    batch_tokens: int = 4096,
+) -> list[dict[str, Tensor]]:
+    """Tokenise texts of several domains for `inspect_experts`.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer with a padding token.
+    texts
+        By domain; the numbers in ``domains`` follow their order.
+    max_tokens
+        Of each domain, taken from its texts in order; None for all.
+    max_length
+        Longer texts are cut into pieces of so many tokens, each read by itself.
+    batch_tokens
+        Most tokens of a batch, padding included, unless one piece has more.
+
+    Returns
+    -------
+    list of dict
+        ``input_ids`` and ``attention_mask`` ``(B, L)`` and ``domains`` ``(B,)``, int64, padded on
+        the right.
+
+    Raises
+    ------
+    bakeoff.errors.DataError
+        If a number is out of range, or a domain has no token.
+    """
+    limits = {"max_tokens": max_tokens, "max_length": max_length, "batch_tokens": batch_tokens}
+    for what, number in limits.items():
+        if number is not None and number < 1:
+            raise DataError(f"{what} must be at least 1, got {number}")
+    rows: list[tuple[int, list[int]]] = []
+    for domain, (name, given) in enumerate(texts.items()):
+        left = math.inf if max_tokens is None else max_tokens
+        before = len(rows)
+        for text in given:
+            ids = list(tokenizer(text, verbose=False)["input_ids"])
+            ids = ids[: int(min(left, len(ids)))]
+            rows += [(domain, ids[i : i + max_length]) for i in range(0, len(ids), max_length)]
+            left -= len(ids)
+            if left <= 0:
+                break
+        if len(rows) == before:
+            raise DataError(f"domain {name!r} holds no token")
+    rows.sort(key=lambda row: len(row[1]))
+    batches, start = [], 0
+    while start < len(rows):
+        stop = start + 1
+        while stop < len(rows) and (stop + 1 - start) * len(rows[stop][1]) <= batch_tokens:
+            stop += 1
+        batches.append(_padded_batch(rows[start:stop], int(tokenizer.pad_token_id)))
+        start = stop
+    return batches
+
+
+def _padded_batch(rows: Sequence[tuple[int, list[int]]], padding: int) -> dict[str, Tensor]:
+    ids = torch.full((len(rows), len(rows[-1][1])), padding)
+    mask = torch.zeros_like(ids)
+    for place, (_, row) in enumerate(rows):
+        ids[place, : len(row)] = torch.tensor(row)
+        mask[place, : len(row)] = 1
+    domains = torch.tensor([domain for domain, _ in rows])
+    return {"input_ids": ids, "attention_mask": mask, "domains": domains}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,24 @@ from bakeoff.experts.grouped import Workspace
 from bakeoff.experts.protocol import Router, Routing, RoutingLoss
 from bakeoff.experts.routers import make_router
 from bakeoff.experts.soft_routers import MergedExperts, SoftMoE
+
+METHOD = {
+    "slug": "mixture-of-experts",
+    "title": "Mixture of experts: routers, losses, capacity and dispatch behind one layer",
+    "paper": 'Cai et al., "A Survey on Mixture of Experts in Large Language Models", TKDE 2025, '
+    "arXiv 2407.06204",
+    "designs": ["top-k", "switch", "loss-free", "hash", "random"],
+    "names": [
+        "MoE",
+        "TopK",
+        "to_moe",
+        "save_moe",
+        "load_moe",
+        "inspect_experts",
+        "SwitchBalance",
+        "ZLoss",
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,8 @@ class MoE(nn.Module):
     drop
         Who is dropped: ``"probs"``, ``"position"``, ``"priority"`` or ``"random"``, see `seats`.
     aux
-        Losses: names, dicts, or callables ``(routing, mask) -> scalar``.
+        Losses: names, dicts, or callables ``(routing, mask) -> scalar``. Of a callable with a
+        ``reset`` method, which counts, the layer takes a copy, so that no other layer counts too.
     dispatch
         ``"sort"`` (fast), ``"loop"``, ``"einsum"`` or ``"batched"``; the result is the same.
     shared
@@ -95,7 +115,8 @@ class MoE(nn.Module):
     A dropped assignment contributes nothing and the weights of those that stay are not
     renormalised. Losses see the router's choices before drops. After a forward pass in training
     mode, ``aux_loss`` holds the sum of the losses; add it to the model's own. Call `update` after
-    each optimizer step if the router adapts without a gradient.
+    each optimizer step if the router adapts without a gradient or a loss counts over micro-batches
+    (``"global-balance"``).
 
     References
     ----------
@@ -146,7 +167,7 @@ class MoE(nn.Module):
         self.capacity = (capacity, capacity) if isinstance(capacity, int | float) else capacity
         self.drop, self.dispatch, self.scale, self.causal = drop, dispatch, scale, causal
         self.seed = seed
-        self.losses = [make_loss(loss) for loss in aux]
+        self.losses = [_own_loss(loss) for loss in aux]
         self.shared = self._shared(shared)
         self.routing: Routing | None = None
         self.aux_loss: Tensor | None = None
@@ -251,8 +272,18 @@ class MoE(nn.Module):
             result = result + always
         self.routing, self._mask, self.aux_loss = routing, mask, None
         if self.training and self.losses:
-            self.aux_loss = torch.stack([loss(routing, mask) for loss in self.losses]).sum()
+            terms = [self._loss(loss, routing, mask, leading) for loss in self.losses]
+            self.aux_loss = torch.stack(terms).sum()
         return result.reshape(*leading, -1)
+
+    def _loss(
+        self, loss: RoutingLoss, routing: Routing, mask: Tensor | None, leading: torch.Size
+    ) -> Tensor:
+        if getattr(loss, "needs_sequences", False) and len(leading) > 1:
+            if mask is None:
+                mask = torch.ones(leading, dtype=torch.bool, device=routing.indices.device)
+            mask = mask.reshape(-1, leading[-1])
+        return loss(routing, mask)
 
     def _mixture(self, tokens: Tensor, routing: Routing, mask: Tensor | None) -> Tensor:
         self._kept = None
@@ -297,12 +328,17 @@ class MoE(nn.Module):
         return routing_stats(self.routing, self._mask, self._kept)
 
     def update(self, group: Any = None) -> None:
-        """Adapt what learns without a gradient: routers' biases, adaptive coefficients."""
+        """Adapt what learns without a gradient: routers' biases, adaptive coefficients.
+
+        Losses that count over micro-batches start anew. Call it after each optimizer step.
+        """
         if hasattr(self.router, "update"):
             self.router.update(group)
         for loss in self.losses:
             if hasattr(loss, "observe") and self.routing is not None:
                 loss.observe(self.stats().drop_rate)
+            if hasattr(loss, "reset"):
+                loss.reset()
 
     def parameter_counts(self) -> tuple[int, int]:
         """Return the number of parameters in all, and of those that a token uses."""
@@ -388,7 +424,14 @@ def router_k(router: Any) -> int:
     return int(getattr(router, "k", 1))
 
 
+def _own_loss(loss: str | dict[str, Any] | RoutingLoss) -> RoutingLoss:
+    made = make_loss(loss)
+    return copy.deepcopy(made) if made is loss and hasattr(made, "reset") else made
+
+
 def _loss_settings(loss: Any) -> dict[str, Any]:
+    if hasattr(loss, "settings"):
+        return dict(loss.settings())
     if not dataclasses.is_dataclass(loss) or not hasattr(loss, "name"):
         raise DataError(f"loss {type(loss).__name__} has no settings to save")
     return {"name": loss.name, **dataclasses.asdict(cast(Any, loss))}

@@ -39,6 +39,24 @@ from bakeoff.experts.shard_layout import (
     shard_layouts,
 )
 
+METHOD = {
+    "slug": "mixture-of-shards",
+    "title": "Low-rank adapters of all layers cut from one trained pool of shards",
+    "paper": (
+        'Wang et al., "MoS: Unleashing Parameter Efficiency of Low-Rank Adaptation with Mixture of '
+        'Shards", ICLR 2025, arXiv 2410.00938'
+    ),
+    "designs": ["mos", "pure-sharing", "tied-lora", "prolora"],
+    "names": [
+        "MoSConfig",
+        "pure_sharing",
+        "tied_lora",
+        "prolora",
+        "shard_layouts",
+        "count_trained_parameters",
+    ],
+}
+
 if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
     raise ImportError(
         "mixture of shards needs peft >= 0.21: earlier versions save and load no methods but their "

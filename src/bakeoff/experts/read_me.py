@@ -27,6 +27,30 @@ from bakeoff._files import atomic_path
 from bakeoff.errors import DataError, ModelError
 from bakeoff.models.attention import backbone, transformer_layers
 
+METHOD = {
+    "slug": "read-me",
+    "title": "Domain experts cut from a dense model behind a router that runs first",
+    "paper": "Cai et al., Read-ME: Refactorizing LLMs as Router-Decoupled Mixture of Experts with "
+    "System Co-Design, NeurIPS 2024, arXiv 2410.19123",
+    "designs": ["read-me"],
+    "names": [
+        "collect_channel_stats",
+        "build_expert_masks",
+        "moefy",
+        "ReadMeForCausalLM",
+        "PreGatingRouter",
+        "routing_distillation_loss",
+        "tune_router",
+        "tune_experts",
+        "tune",
+        "ExpertBatcher",
+        "BeladyCache",
+        "simulate_serving",
+        "OffloadedExperts",
+        "ServingEngine",
+    ],
+}
+
 Rule = Literal["domain", "pooled", "random"]
 Objective = Literal["code", "paper"]
 Progress: TypeAlias = Callable[[int, int], None]

@@ -8,7 +8,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,6 +18,20 @@ from torch import Tensor, nn
 
 from bakeoff.errors import DataError, ModelError
 from bakeoff.experts.protocol import Routing
+
+METHOD = {
+    "slug": "recurrent-router",
+    "title": "Layerwise recurrent router",
+    "paper": 'Qiu et al., "Layerwise Recurrent Router for Mixture-of-Experts", ICLR 2025, '
+    "arXiv 2408.06793",
+    "designs": ["recurrent"],
+    "names": [
+        "RecurrentRouter",
+        "convert_router",
+        "load_recurrent",
+        "routing_mutual_information",
+    ],
+}
 
 CELLS = {"gru": 3, "rnn": 1, "lstm": 4}
 """Recurrent cells, and how many gates' weights each stacks."""
@@ -179,6 +193,7 @@ class RecurrentRouter(nn.Module):
         self.detach, self.residual = detach, residual
         self.gate_kind, self.renormalize = gate, renormalize
         self.shared_projection = shared_projection
+        self.cell_kind, self.cosine_size, self.init_std = cell, cosine_size, init_std
         features = self.state_size or hidden_size
         if self.state_size:
             n_projections = 1 if shared_projection else num_layers
@@ -354,6 +369,25 @@ class RecurrentRouter(nn.Module):
         depth = _Depth(self.num_layers)
         return [LayerRouter(self, depth, i) for i in range(self.num_layers)]
 
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's arguments, JSON-able, without the generator."""
+        return {
+            "hidden_size": self.hidden_size,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "num_layers": self.num_layers,
+            "state_size": self.state_size,
+            "cell": self.cell_kind,
+            "pass_state": self.pass_state,
+            "detach": self.detach,
+            "residual": self.residual,
+            "shared_projection": self.shared_projection,
+            "gate": self.gate_kind,
+            "cosine_size": self.cosine_size,
+            "renormalize": self.renormalize,
+            "init_std": self.init_std,
+        }
+
     def extra_repr(self) -> str:
         """Show the settings."""
         return (
@@ -405,20 +439,133 @@ class LayerRouter(nn.Module):
         Experts, and experts per token.
     """
 
+    name = "recurrent"
     is_causal = True
 
     def __init__(self, router: RecurrentRouter, depth: _Depth, layer: int) -> None:
         super().__init__()
         self.router, self.layer = router, layer
         self._depth = depth
+        self._link: _Link | None = None  # where the decoder layer brings the state
         self.n_experts, self.k = router.num_experts, router.top_k
 
     def forward(self, hidden: Tensor, *, mask: Tensor | None = None, **context: Any) -> Routing:
         """Route ``(T, h)`` states; see `bakeoff.experts.protocol.Router`."""
+        link = self._link
+        if link is not None:
+            before = link.incoming
+            routing, link.outgoing = self.router.route(hidden, before, self.layer, mask=mask)
+            return routing
         state = self._depth.enter(self.layer)
         routing, state = self.router.route(hidden, state, self.layer, mask=mask)
         self._depth.leave(self.layer, state)
         return routing
+
+    def settings(self) -> dict[str, Any]:
+        """Return the name, the number of this layer, and the settings of the router of all."""
+        return {"name": self.name, "layer": self.layer, **self.router.settings()}
+
+
+# -- models whose layers to_moe made mixtures ------------------------------------------------------
+
+
+def is_recurrent(router: Any) -> bool:
+    """Return whether `router` is the name, settings or object of a recurrent router."""
+    if isinstance(router, Mapping):
+        router = router.get("name")
+    return isinstance(router, RecurrentRouter) or router == LayerRouter.name
+
+
+def make_layer_routers(
+    router: str | Mapping[str, Any] | RecurrentRouter, hidden: int, n_experts: int, n_layers: int
+) -> list[LayerRouter]:
+    """Return the routers of a model's mixture layers, which share a `RecurrentRouter`.
+
+    Parameters
+    ----------
+    router
+        ``"recurrent"``; or a dict with that ``name`` and settings of `RecurrentRouter`, where ``k``
+        stands for `top_k` (2 if absent) and `renormalize` is ``k > 1`` if absent; or a
+        `RecurrentRouter`, which is copied.
+    hidden, n_experts, n_layers
+        Features of a token, experts per layer, and layers that have experts.
+
+    Raises
+    ------
+    bakeoff.errors.DataError
+        If a setting is unknown (lists those that exist) or impossible, or a router was made for
+        another model.
+
+    Examples
+    --------
+    >>> routers = make_layer_routers({"name": "recurrent", "state_size": 8}, 16, 4, n_layers=3)
+    >>> len(routers), len({id(each.router) for each in routers})
+    (3, 1)
+    """
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_experts": n_experts,
+        "num_layers": n_layers,
+    }
+    if isinstance(router, RecurrentRouter):
+        for name, needed in sizes.items():
+            if getattr(router, name) != needed:
+                raise DataError(
+                    f"the router was made with {name}={getattr(router, name)}, the model needs "
+                    f"{needed}"
+                )
+        return copy.deepcopy(router).layers()
+    settings = dict(router) if isinstance(router, Mapping) else {}
+    settings.pop("name", None)
+    fixed = {*sizes, "top_k", "generator"}
+    known = [name for name in inspect.signature(RecurrentRouter).parameters if name not in fixed]
+    for name in settings:
+        if name not in ("k", *known):
+            raise DataError(
+                f"router 'recurrent' got an unknown setting {name!r}; it accepts: "
+                f"{', '.join(['k', *known])}"
+            )
+    k = settings.pop("k", min(2, n_experts))
+    # With one expert a renormalised weight is always 1: the router would get no gradient.
+    settings.setdefault("renormalize", k > 1)
+    return RecurrentRouter(**sizes, top_k=k, **settings).layers()
+
+
+def saved_layer_routers(settings: Sequence[Mapping[str, Any]]) -> list[LayerRouter]:
+    """Return the routers, with fresh weights, that `LayerRouter.settings` described.
+
+    Raises
+    ------
+    bakeoff.errors.ModelError
+        If they are not all the layers of one router, in order.
+    """
+    described = [
+        {key: each[key] for key in each if key not in ("name", "layer")} for each in settings
+    ]
+    numbers = [each.get("layer") for each in settings]
+    if any(each != described[0] for each in described) or numbers != list(range(len(settings))):
+        raise ModelError(
+            f"the saved recurrent routers are not the layers of one: layers {numbers}, "
+            f"settings {described[0]} and others"
+        )
+    routers = RecurrentRouter(**described[0]).layers()
+    if len(routers) != len(settings):
+        raise ModelError(f"{len(settings)} recurrent routers are saved, {len(routers)} described")
+    return routers
+
+
+def thread_layers(layers: Sequence[nn.Module]) -> None:
+    """Let decoder layers carry the state to the `LayerRouter` in each, also when recomputed.
+
+    Where gradients are checkpointed, the state goes into and out of the recomputed layer.
+    """
+    for layer in layers:
+        found = [each for each in layer.modules() if isinstance(each, LayerRouter)]
+        for router in found:
+            router._link = _Link(router.router, router._depth, router.layer, float_weights=True)
+            threaded: Any = layer
+            threaded.__class__ = _subclass(_ThreadedLayer, cast(Any, type(layer)))
+            threaded._link = router._link
 
 
 # -- models of transformers ----------------------------------------------------------------------

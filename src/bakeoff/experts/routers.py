@@ -27,6 +27,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "loss-free": {"name": "top-k", "score": "sigmoid", "bias_rate": 1e-3},
 }
 
+SPANNING = ("recurrent",)
+"""Names of routers that all layers of a model share: for `to_moe`, not for a layer by itself."""
+
 
 class RouterModule(nn.Module):
     """Base of the routers here: settings first, parameters once the layer's sizes are known.
@@ -133,8 +136,13 @@ def make_router(router: str | dict[str, Any] | Router, hidden: int, n_experts: i
         if name not in ROUTERS:
             # Names of families that are not imported yet are found by importing them.
             _import_all()
+        if name in SPANNING:
+            raise DataError(
+                f"router {name!r} spans the layers of a model: use it in to_moe(model, "
+                f"router={name!r}), or give each layer its part, RecurrentRouter(...).layers()[i]"
+            )
         if name not in ROUTERS:
-            known = ", ".join(sorted([*ROUTERS, *PRESETS]))
+            known = ", ".join(sorted([*ROUTERS, *PRESETS, *SPANNING]))
             raise DataError(f"unknown router {name!r}; there are: {known}")
         settings = {key: value for key, value in made.items() if key != "name"}
         try:
@@ -168,14 +176,13 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     if k > 4:
         return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k]
     # For few choices, repeated maxima cost less than sorting; `max` returns the first of equals.
-    left, chosen = scores.detach().clone(), []
+    # Columns that a group limit masked with -inf stay above those that were chosen.
+    left, chosen = scores.detach().clamp_min(torch.finfo(scores.dtype).min), []
     for step in range(k):
         index = left.max(dim=1).indices[:, None]
         chosen.append(index)
         if step + 1 < k:
-            # Not -inf: columns that a group limit masked with -inf would then be chosen twice.
-            left.scatter_(1, index, math.nan)
-            left = left.nan_to_num(nan=-math.inf, neginf=torch.finfo(left.dtype).min)
+            left.scatter_(1, index, -math.inf)
     return torch.cat(chosen, dim=1)
 
 
@@ -491,6 +498,39 @@ class AttentionTopK(TopK, name="attention"):
         return in_float32(in_float32(hidden, self.project), self.weight) / math.sqrt(
             self.projection
         )
+
+
+@dataclass(eq=False, repr=False)
+class PerceptronTopK(TopK, name="perceptron"):
+    """Top-k over the logits of a perceptron with one inner layer instead of a linear map.
+
+    ``logits = G tanh(W x + b)``.
+
+    Parameters
+    ----------
+    width
+        Inner features. Other parameters as in `TopK`.
+
+    Notes
+    -----
+    The control for routers that have more parameters or a nonlinearity, such as the recurrent one.
+    """
+
+    width: int = 128
+
+    def build_gate(self, hidden: int, n_choices: int) -> None:
+        """Create both layers."""
+        if self.width < 1:
+            raise DataError(f"width must be at least 1, got {self.width}")
+        self.inner = nn.Parameter(torch.empty(self.width, hidden))
+        nn.init.normal_(self.inner, std=hidden**-0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(self.width))
+        self.weight = new_gate(n_choices, self.width)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the perceptron's output."""
+        inner = in_float32(hidden, self.inner)
+        return in_float32((inner + self.inner_bias.to(inner.dtype)).tanh(), self.weight)
 
 
 @dataclass(eq=False, repr=False)

@@ -129,7 +129,7 @@ def sees_ahead(model: nn.Module) -> bool:
     ModelError
         If the model cannot be run on token ids alone, or padding changes the answer.
     """
-    module = backbone(model)
+    module = _steered(model)
     answers = {_changes_earlier_states(module, padding) for padding in (0, 2)}
     if len(answers) > 1:
         raise ModelError(
@@ -159,6 +159,19 @@ def backbone(model: nn.Module) -> nn.Module:
             inner: nn.Module = module.base_model
             return inner
     raise ModelError(f"model: {type(model).__name__} holds no transformers model")
+
+
+def _steered(model: nn.Module) -> nn.Module:
+    """Return the backbone, or the whole model where that tells the backbone what to do.
+
+    Mixtures around a decoder do: by a base that is a model with a head of its own, or by a hook
+    that reads the batch. What is inside does not run, or does not run the same, by itself.
+    """
+    from transformers import PreTrainedModel
+
+    inner = backbone(model)
+    outer: nn.Module = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return outer if inner.base_model is not inner or outer._forward_pre_hooks else inner
 
 
 def transformer_layers(module: Any) -> nn.ModuleList | None:
@@ -296,9 +309,12 @@ def _probe_states(module: nn.Module, *, replace_last: bool, padding: int) -> tor
     try:
         for part in training:  # dropout would change every state from run to run
             part.training = False
+        given = {"input_ids": ids[None], "attention_mask": mask[None] if padding else None}
         with torch.no_grad():
-            output = module(input_ids=ids[None], attention_mask=mask[None] if padding else None)
-        states: torch.Tensor = output.last_hidden_state
+            if module.base_model is module:
+                states: torch.Tensor = module(**given).last_hidden_state
+            else:  # it has a head
+                states = module(**given, output_hidden_states=True).hidden_states[-1]
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"{_describe(module)} cannot be probed with token ids alone: {error}"

@@ -6,12 +6,13 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bakeoff._files import build_once, cache_directory, sha256, write_text
-from bakeoff.errors import ModelError
+from bakeoff.errors import BakeoffError, ModelError
 from bakeoff.models.gguf import convert_gguf, one_line, quiet_transformers
 from bakeoff.models.packaged import is_packaged, pull, suggestion
 
@@ -184,7 +185,11 @@ def load(
 
 
 def load_language_model(
-    name: str | Path, *, dtype: Dtype = "float32", device: str = "cpu"
+    name: str | Path,
+    *,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    build: Callable[[Path, Dtype], PreTrainedModel | None] | None = None,
 ) -> LanguageModel:
     """Load a causal language model, head included, and its tokenizer.
 
@@ -192,6 +197,9 @@ def load_language_model(
     ----------
     name, dtype, device
         As for `load`.
+    build
+        Makes the model of its folder where transformers alone cannot, and returns None where it
+        can.
 
     Returns
     -------
@@ -218,7 +226,9 @@ def load_language_model(
     with quiet_transformers():
         _refuse_unfit(folder)
         tokenizer = _tokenizer(folder)
-        model = _model(folder, dtype, device, head=True)
+        model = None if build is None else _built(build, folder, dtype, device)
+        if model is None:
+            model = _model(folder, dtype, device, head=True)
     _ensure_padding(tokenizer, str(name))
     max_length = _max_length(model, tokenizer, stated_length)
     tokenizer.model_max_length = max_length
@@ -371,14 +381,33 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(_unreadable(folder, "tokenizer", error)) from error
 
 
-def _model(folder: Path, dtype: Dtype, device: str, *, head: bool = False) -> PreTrainedModel:
+def _check_device(device: str) -> None:
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"device {device!r} cannot be used: {one_line(error)}") from error
+
+
+def _built(
+    build: Callable[[Path, Dtype], PreTrainedModel | None], folder: Path, dtype: Dtype, device: str
+) -> PreTrainedModel | None:
+    _check_device(device)
+    try:
+        model = build(folder, dtype)
+    except BakeoffError:
+        raise
+    except Exception as error:  # anything may be in the files
+        raise ModelError(_unreadable(folder, "model", error)) from error
+    return None if model is None else model.eval().to(device)
+
+
+def _model(folder: Path, dtype: Dtype, device: str, *, head: bool = False) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    _check_device(device)
     try:
         model, report = (AutoModelForCausalLM if head else AutoModel).from_pretrained(
             folder,

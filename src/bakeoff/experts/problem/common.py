@@ -33,8 +33,11 @@ Scores = dict[str, dict[str, NDArray[np.float64]]]
 LOSS = Metric("loss (nats per token)", higher_is_better=False, margin=0.01)
 """The headline: of each held-out document, the logarithm of its perplexity."""
 
-SMALL_SHAPE = SmallGPT(vocabulary=2048, n_layers=4, width=128, n_heads=4, context=256)
+SMALL_SHAPE = SmallGPT(vocabulary=2048, n_layers=4, width=128, n_heads=4, context=128)
 """Shape of the decoder that is trained by default: 1.3 million weights."""
+
+SCRATCH_RATE = 3e-3
+"""Peak learning rate of the small decoder; with short batches it learns most from few tokens."""
 
 SMALL_BASES = {"small-gpt": "sequential", "small-parallel": "parallel"}
 """Decoders that begin with random weights, and how their blocks are built."""
@@ -66,7 +69,7 @@ class DomainProblem:
     batch_size
         Sequences per step.
     learning_rate
-        Peak rate; by default 1e-3 from random weights and 1e-4 otherwise.
+        Peak rate; by default 3e-3 from random weights and 1e-4 otherwise.
     device
         Where to train.
 
@@ -88,7 +91,7 @@ class DomainProblem:
         shape: SmallGPT = SMALL_SHAPE,
         n_tokens: int = 300_000,
         context: int | None = None,
-        batch_size: int = 8,
+        batch_size: int = 4,
         learning_rate: float | None = None,
         device: str = "cpu",
     ) -> None:
@@ -101,7 +104,7 @@ class DomainProblem:
         self.context = default_context if context is None else context
         self.n_tokens, self.batch_size = n_tokens, batch_size
         if learning_rate is None:
-            learning_rate = 1e-3 if self.from_scratch else 1e-4
+            learning_rate = SCRATCH_RATE if self.from_scratch else 1e-4
         self.learning_rate = learning_rate
         for name, bound in {"n_tokens": 1, "context": 8, "batch_size": 1}.items():
             if getattr(self, name) < bound:
@@ -217,6 +220,11 @@ class DomainProblem:
         return self._base().tokenizer
 
     @property
+    def end_id(self) -> int:
+        """Id of the token that stands between texts."""
+        return _end_id(self.tokenizer)
+
+    @property
     def n_steps(self) -> int:
         """Steps of `batch_size` sequences that the budget of tokens allows."""
         return max(1, self.n_tokens // (self.batch_size * self.context))
@@ -263,17 +271,20 @@ class DomainProblem:
 
         As in training, a document comes after the end of another.
         """
-        end = _end_id(self.tokenizer)
         found: dict[str, NDArray[np.float64]] = {}
         total = sum(map(len, self.documents().values()))
         done = 0
         for domain, documents in self.documents().items():
-            losses = response_losses(model, [[end]] * len(documents), documents)
-            found[domain] = losses.means
+            found[domain] = self.losses_of(domain, model)
             done += len(documents)
             if progress is not None:
                 progress(done, total)
         return found
+
+    def losses_of(self, domain: str, model: Any) -> NDArray[np.float64]:
+        """Return the loss of each of one domain's held-out documents, in nats per token."""
+        documents = self.documents()[domain]
+        return response_losses(model, [[self.end_id]] * len(documents), documents).means
 
     def batches_to_inspect(self) -> list[dict[str, Tensor]]:
         """Return the held-out documents as batches for `inspect_experts`, padded on the right."""

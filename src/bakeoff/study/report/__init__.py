@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bakeoff._files import write_text
+from bakeoff._page import environment, printable, style
 from bakeoff.study import wording
 from bakeoff.study.report import charts, tables
 from bakeoff.study.schema import Results, parse_results
@@ -58,25 +59,16 @@ def render_report(results: Mapping[str, Any] | Results) -> str:
     """
     checked = results if isinstance(results, Results) else parse_results(results)
     page: str = _template().render(_context(checked))
-    # Names come from users' files: half of a surrogate pair must not stop the report.
-    return page.encode("utf-8", "replace").decode("utf-8")
+    return printable(page)
 
 
 @cache
 def _template() -> Any:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_resource),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["position"] = _position
-    environment.filters["facts"] = tables.facts
-    environment.filters["sentence"] = _sentence
-    return environment.get_template("template.html.j2")
+    templates = environment(_resource)
+    templates.filters["position"] = _position
+    templates.filters["facts"] = tables.facts
+    templates.filters["sentence"] = _sentence
+    return templates.get_template("template.html.j2")
 
 
 def _resource(name: str) -> str:
@@ -100,7 +92,7 @@ def _context(results: Results) -> dict[str, Any]:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {
         "results": results,
-        "style": Markup(_resource("style.css")),
+        "style": Markup(style()),
         "script": Markup(script),
         "script_digest": digest,
         "answer": wording.answer_parts(results),

@@ -1,0 +1,47 @@
+"""`bakeoff run adapters`: from options to a contest of adapters within one budget of parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bakeoff.cli.run import Contest, Options, choose_designs, refuse, runnable
+from bakeoff.cli.run_experts import budget, domains
+from bakeoff.study import Designs
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_UNUSED = (
+    *("target", "task", "embedder", "selector_model", "train", "steps", "budgets", "learners"),
+    "number",
+)
+_SIMPLEST = ("LoRA", "not adapted")
+
+
+def contest(options: Options, console: Console) -> Contest:
+    """Read the domains and choose the designs: those within the budget, if none are named.
+
+    What is over the budget shows how much there would be to gain; it cannot be the answer, and is
+    run only when it is asked for by name.
+    """
+    from bakeoff.experts.problem.adapters import AdapterProblem, adapter_designs
+
+    refuse(options, _UNUSED, "makes no difference to adapters; leave it out")
+    known = adapter_designs()
+    chosen = choose_designs(known, options.designs)
+    texts = domains(options, console)
+    given = budget(options)
+    if options.rank is not None:
+        given["rank"] = options.rank
+    problem = AdapterProblem(texts, **given)
+    if options.designs is None:
+        within = [design for design in known if not design.params.get("over_budget")]
+        names = "; ".join(design.name for design in known if design not in within)
+        console.print(f"left out: {names}", highlight=False)
+        console.print("  because: over the budget; --designs takes them", highlight=False)
+        chosen = runnable(Designs(within), problem, console)
+
+    def usage(destination: Any, loads_anywhere: bool) -> list[str]:
+        return problem.usage(destination)
+
+    return Contest(problem, known, chosen, _SIMPLEST, f"adapters: {texts.name}", usage)

@@ -1,0 +1,23 @@
+"""How embedding designs are tried out: the family's side of a study, one module per question."""
+
+from importlib import import_module
+from typing import Any
+
+# Loaded on first use: each question brings its own heavy imports.
+_HOMES = {
+    "EmbeddingProblem": "pooling",
+    "compare_designs": "pooling",
+    "default_designs": "pooling",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
