@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from bakeoff.data import choices
+from bakeoff.data import choices, embedded
 from bakeoff.data.choices import KINDS, choice_prompts
 from bakeoff.errors import DataError
 
@@ -102,9 +102,16 @@ def test_wrong_arguments_are_refused():
             choice_prompts("smoke", kinds=kinds)
 
 
+def modules_of_a_python_in(folder, monkeypatch):
+    monkeypatch.setattr(embedded.sysconfig, "get_path", lambda name: str(folder))
+    return embedded.standard_library_modules.__wrapped__()
+
+
 def test_a_python_without_source_is_told(monkeypatch, tmp_path):
     choices._by_module.cache_clear()
-    monkeypatch.setattr(choices.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(
+        choices, "standard_library_modules", lambda: modules_of_a_python_in(tmp_path, monkeypatch)
+    )
     try:
         with pytest.raises(DataError, match="no source of its standard library"):
             choice_prompts("demo")

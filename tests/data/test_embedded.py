@@ -115,7 +115,7 @@ def test_an_unknown_size_is_named():
 def test_a_python_without_sources_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(DataError, match="no source of its standard library"):
-        standard_library_pairs.__wrapped__()
+        embedded.standard_library_modules.__wrapped__()
 
 
 # --- fetching, with a stand-in for pip ----------------------------------------------------------

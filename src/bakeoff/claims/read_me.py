@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bakeoff.claims.claim import Claim, Size
-from bakeoff.experts.problem.common import SMALL_SHAPE
 from bakeoff.models.small_gpt import SmallGPT
 
 if TYPE_CHECKING:
@@ -127,6 +126,9 @@ class Budget:
     seeds: int
 
 
+# As `SMALL_SHAPE` of the problem, whose module is too heavy to list claims with.
+_SMALL = SmallGPT(vocabulary=2048, n_layers=4, width=128, n_heads=4, context=128)
+
 BUDGETS: dict[Size, Budget] = {
     "smoke": Budget(
         texts="smoke",
@@ -142,7 +144,7 @@ BUDGETS: dict[Size, Budget] = {
     "laptop": Budget(
         texts="demo",
         base="small-gpt",
-        shape=SMALL_SHAPE,
+        shape=_SMALL,
         teacher_tokens=1_200_000,
         n_tokens=130_000,
         calibration_tokens=16 * 4096,
@@ -153,7 +155,7 @@ BUDGETS: dict[Size, Budget] = {
     "full": Budget(
         texts="full",
         base="smollm2-135m",
-        shape=SMALL_SHAPE,
+        shape=_SMALL,
         teacher_tokens=1,
         n_tokens=4_000_000,
         calibration_tokens=16 * 4096,

@@ -16,6 +16,8 @@ _UNUSED = (
     "number",
 )
 _SIMPLEST = ("LoRA", "not adapted")
+# Tokens that the small decoder reads beforehand, where it is only to be seen that all runs.
+_SMOKE_BASE_TOKENS = 20_000
 
 
 def contest(options: Options, console: Console) -> Contest:
@@ -33,6 +35,8 @@ def contest(options: Options, console: Console) -> Contest:
     given = budget(options)
     if options.rank is not None:
         given["rank"] = options.rank
+    if options.size == "smoke" and not options.data and options.base is None:
+        given["base_tokens"] = _SMOKE_BASE_TOKENS
     problem = AdapterProblem(texts, **given)
     if options.designs is None:
         within = [design for design in known if not design.params.get("over_budget")]
