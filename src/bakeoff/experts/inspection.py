@@ -512,13 +512,14 @@ def text_batches(
         stop = start + 1
         while stop < len(rows) and (stop + 1 - start) * len(rows[stop][1]) <= batch_tokens:
             stop += 1
-        batches.append(_padded_batch(rows[start:stop], int(tokenizer.pad_token_id)))
+        batches.append(padded_batch(rows[start:stop], int(tokenizer.pad_token_id)))
         start = stop
     return batches
 
 
-def _padded_batch(rows: Sequence[tuple[int, list[int]]], padding: int) -> dict[str, Tensor]:
-    ids = torch.full((len(rows), len(rows[-1][1])), padding)
+def padded_batch(rows: Sequence[tuple[int, list[int]]], padding: int) -> dict[str, Tensor]:
+    """Return rows, each a domain's number and token ids, as one batch of `inspect_experts`."""
+    ids = torch.full((len(rows), max(len(row) for _, row in rows)), padding)
     mask = torch.zeros_like(ids)
     for place, (_, row) in enumerate(rows):
         ids[place, : len(row)] = torch.tensor(row)

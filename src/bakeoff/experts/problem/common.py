@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,9 +44,10 @@ SMALL_BASES = {"small-gpt": "sequential", "small-parallel": "parallel"}
 """Decoders that begin with random weights, and how their blocks are built."""
 
 _LEAST_DOCUMENTS = 2
+_INSPECTED_AT_ONCE = 16
 
 
-class DomainProblem:
+class DomainProblem(ABC):
     """Train on texts of several domains, judge by the loss of held-out documents: the base class.
 
     A subclass names its question, its metrics and its designs, and says in `_run` what a design
@@ -132,16 +134,17 @@ class DomainProblem:
         """The loss of held-out documents first."""
         return {"loss": LOSS}
 
+    @abstractmethod
     def check(self, design: Design) -> None:
         """Raise `DataError` if a design cannot run here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run(self, design: Design, seed: int, work: Work) -> Trial:
-        raise NotImplementedError
+        """Do what one design does, and judge it."""
 
+    @abstractmethod
     def _version(self) -> int:
         """Return a number that is raised when a trial's scores change."""
-        raise NotImplementedError
 
     def method_version(self, method: str) -> str:
         """Return the version of a method's implementation."""
@@ -288,21 +291,13 @@ class DomainProblem:
 
     def batches_to_inspect(self) -> list[dict[str, Tensor]]:
         """Return the held-out documents as batches for `inspect_experts`, padded on the right."""
-        import torch
+        from bakeoff.experts.inspection import padded_batch
 
-        end = _end_id(self.tokenizer)
         batches = []
         for number, documents in enumerate(self.documents().values()):
-            for start in range(0, len(documents), 16):
-                some = documents[start : start + 16]
-                longest = max(map(len, some))
-                ids = torch.full((len(some), longest), end)
-                mask = torch.zeros_like(ids)
-                for row, document in enumerate(some):
-                    ids[row, : len(document)] = torch.tensor(document)
-                    mask[row, : len(document)] = 1
-                domains = torch.full((len(some),), number)
-                batches.append({"input_ids": ids, "attention_mask": mask, "domains": domains})
+            for start in range(0, len(documents), _INSPECTED_AT_ONCE):
+                some = documents[start : start + _INSPECTED_AT_ONCE]
+                batches.append(padded_batch([(number, ids) for ids in some], self.end_id))
         return batches
 
     def cost(
