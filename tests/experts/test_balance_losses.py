@@ -23,12 +23,14 @@ from bakeoff.experts.balance_losses import (
     SelectorEntropy,
     SwitchBalance,
     ZLoss,
+    load_fractions,
     make_loss,
 )
 from bakeoff.experts.global_balance import LoadBalancingLoss
 from bakeoff.experts.mixture_of_experts import MoE, after_optimizer_step, moe_layers
 from bakeoff.experts.protocol import Routing
 from bakeoff.experts.routers import DSelectK, NullExperts, Threshold, TopK, smooth_step
+from bakeoff.experts.soft_routers import Dense
 
 GOLDEN = json.loads((Path(__file__).parent / "mixture_of_experts_golden.json").read_text())
 
@@ -107,6 +109,23 @@ def test_importance_with_both_variances():
     squares = sum((s - 1 / 3) ** 2 for s in shares)
     close(Importance(1.0)(routing), squares / 3 * 9)
     close(Importance(1.0, sample=True)(routing), squares / 2 * 9)
+
+
+def test_importance_is_of_the_probabilities_without_noise():
+    torch.manual_seed(0)
+    router = TopK(k=2, noise=8.0, seed=0).bind(4, 6)
+    hidden = torch.randn(9, 4)
+    noisy, clean = router(hidden), copy.deepcopy(router).eval()(hidden)
+    assert not torch.allclose(noisy.probs, clean.probs)
+    close(Importance(1.0)(noisy), float(Importance(1.0)(clean).detach()))
+
+
+def test_first_choices_are_counted_where_their_number_varies():
+    torch.manual_seed(0)
+    for router in (Threshold().bind(4, 6), DSelectK(gamma=0.1).bind(4, 6), Dense().bind(4, 6)):
+        routing = router(torch.randn(50, 4))
+        first = torch.bincount(routing.probs.argmax(dim=1), minlength=6) / 50
+        assert torch.equal(load_fractions(routing, first_choice=True), first)
 
 
 def test_mutual_information_in_closed_form():

@@ -652,6 +652,20 @@ def test_gradient_checkpointing_changes_nothing(kind, share_kv):
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_auxiliary_losses_that_checkpointing_cuts_off_are_refused(use_reentrant):
+    model = mixture().train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    if not use_reentrant:
+        model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        return
+    with pytest.raises(ModelError, match="'use_reentrant': False"):
+        model(TOKENS, labels=TOKENS, use_cache=False)
+    with torch.no_grad():
+        assert float(model(TOKENS, labels=TOKENS, use_cache=False).aux_loss) > 0
+
+
 def test_the_auxiliary_loss_trains_and_does_not_validate():
     model = mixture(load_balance_coefficient=0.5, router_z_coefficient=0.25)
     validated = model(TOKENS, labels=TOKENS, output_router_logits=True)

@@ -117,6 +117,14 @@ def test_random_start_and_which_layers():
     assert float((bank.w_in[0] - bank.w_in[1]).detach().abs().max()) > 0.01
     assert layer_numbers(8, every=4) == [3, 7]
     assert layer_numbers(4, layers=[-1, 0]) == [0, 3]
+    assert layer_numbers(4, layers=(n for n in (0, 2))) == [0, 2]
+    with pytest.raises(DataError, match=r"got \[0, 4\]"):
+        layer_numbers(4, layers=(n for n in (0, 4)))
+
+
+def test_losses_may_come_from_an_iterator():
+    model = to_moe(llama(), experts=4, aux=(name for name in ("z-loss",)))
+    assert all(len(layer.losses) == 1 for layer in moe_layers(model).values())
 
 
 def test_routers_are_not_shared_between_layers():
@@ -210,6 +218,21 @@ def test_gradient_checkpointing_trains_the_router_alike():
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_balance_losses_that_checkpointing_cuts_off_are_refused(use_reentrant):
+    model = to_moe(llama(), experts=4, start="random").train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    if use_reentrant:
+        with pytest.raises(ModelError, match="'use_reentrant': False"):
+            model(ids(), labels=ids(), use_cache=False)
+        with torch.no_grad():
+            assert float(model(ids(), labels=ids(), use_cache=False).loss) > 0
+        return
+    model(ids(), labels=ids(), use_cache=False).loss.backward()
+    assert model.model.layers[0].mlp.router.weight.grad.abs().sum() > 0
+
+
 RELOAD = """
 import sys, torch
 from bakeoff.experts.conversion import load_moe
@@ -287,6 +310,9 @@ def test_parameters_are_counted_twice():
         ({"every": 9}, DataError, "no layer of 4"),
         ({"router": "soft"}, DataError, "looks at later tokens"),
         ({"router": {"name": "top-k", "k": 9}}, DataError, "only 8"),
+        ({"shared": nn.Linear(16, 16)}, DataError, "whole number of at least 0, got Linear"),
+        ({"shared": -1}, DataError, "whole number of at least 0, got -1"),
+        ({"shared": 1, "start": "lora"}, DataError, "leave out shared=1"),
     ],
 )
 def test_errors_leave_the_model_as_it_was(change, error, message):
@@ -372,6 +398,16 @@ def test_report_counts_what_the_routers_did(name):
     np.testing.assert_allclose(np.diag(report.redundancy), 1, rtol=1e-6)
     np.testing.assert_allclose(report.redundancy, report.redundancy.T, atol=1e-9)
     json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("router", ["threshold", {"name": "dselect-k", "gamma": 0.1}, "dense"])
+def test_a_layer_tells_all_of_itself_however_many_experts_a_token_has(router):
+    model = to_moe(llama(), experts=4, start="random", router=router)
+    for layer in moe_layers(model).values():
+        if layer.router.name == "dense":
+            layer.router.weight.data.mul_(50)
+    report = inspect_experts(model, batches(), ["code", "prose"])
+    np.testing.assert_allclose(np.diag(report.redundancy), 1, rtol=1e-6)
 
 
 def test_ours_and_theirs_agree_on_the_same_weights():

@@ -138,6 +138,19 @@ def test_fingerprints_follow_what_scores_depend_on(problem):
         assert changed.fingerprint() != problem.fingerprint()
 
 
+def test_fingerprints_are_of_what_can_be_written_down(problem):
+    same = Scored(texts(), shape=SHAPE, n_tokens=np.int64(1000), learning_rate=np.float32(0.5))
+    plain = Scored(texts(), shape=SHAPE, n_tokens=1000, learning_rate=0.5)
+    assert same.fingerprint() == plain.fingerprint()
+
+    class Odd(Scored):
+        def _facts(self):
+            return {**super()._facts(), "odd": object()}  # whose text holds an address
+
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        Odd(texts(), shape=SHAPE).fingerprint()
+
+
 def test_loaded_models_are_not_pickled(problem):
     problem.rows()
     assert len(pickle.dumps(problem)) < 30_000
@@ -153,6 +166,8 @@ def test_a_loss_that_is_no_number_is_an_error(problem, tmp_path):
     ("options", "message"),
     [
         ({"n_tokens": 0}, "n_tokens must be at least 1, got 0"),
+        ({"n_tokens": 1e6}, "n_tokens must be a whole number, got 1000000.0"),
+        ({"batch_size": "4"}, "batch_size must be a whole number, got '4'"),
         ({"context": 4}, "context must be at least 8, got 4"),
         ({"context": 25}, "context must be at most the shape's 24, got 25"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),

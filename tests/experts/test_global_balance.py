@@ -232,6 +232,17 @@ def test_agrees_with_transformers_loss_of_one_layer_but_for_the_factor_k():
         assert 2 * float(lbl(logits, None, given_mask)) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_choices_are_of_logits_which_do_not_underflow():
+    logits = torch.tensor([[-400.0, -300, -200, 0], [-400.0, -300, 0, -200]])
+    assert int((logits.softmax(dim=1) > 0).sum()) == 2
+    lbl = LoadBalancingLoss(4, 2, coef=1.0)
+    lbl(logits.requires_grad_())
+    assert lbl.fractions.tolist() == [[0.0, 0.0, 0.5, 0.5]]
+    lbl.reset()
+    lbl(torch.zeros(3, 4).requires_grad_())  # of equal ones the first
+    assert lbl.fractions.tolist() == [[0.5, 0.5, 0.0, 0.0]]
+
+
 def test_gradient_flows_through_mean_probabilities_alone():
     logits = wave(0, 4).requires_grad_()
     lbl = LoadBalancingLoss(N, K, coef=1.0, scope="micro")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from bakeoff.errors import DataError
+from bakeoff.errors import DataError, ModelError
 from bakeoff.experts.attention_experts import MixtureOfAttentionHeads
+from bakeoff.experts.balance_losses import GlobalBalance
 from bakeoff.experts.feed_forward import FeedForwardExperts
 from bakeoff.experts.lora_experts import LoRAExperts
 from bakeoff.experts.mixture_of_experts import (
@@ -19,7 +20,7 @@ from bakeoff.experts.mixture_of_experts import (
     aux_loss,
     moe_layers,
 )
-from bakeoff.experts.routers import TopK
+from bakeoff.experts.routers import TopK, make_router
 
 ROUTERS = [
     "top-k",
@@ -261,6 +262,63 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_losses_that_checkpointing_cuts_off_are_refused(use_reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    moe = MoE(8, 4, width=16)
+    x = torch.randn(9, 8, requires_grad=True)
+    checkpoint(moe, x, use_reentrant=use_reentrant)
+    if not use_reentrant:
+        aux_loss(moe).backward()
+        assert moe.router.weight.grad.abs().sum() > 0
+        return
+    with pytest.raises(ModelError, match="use_reentrant"):
+        aux_loss(moe)
+    with torch.no_grad():  # to look at them is not to train
+        assert float(aux_loss(moe)) > 0
+    moe.router.requires_grad_(False)  # then nothing is lost
+    assert float(aux_loss(moe)) > 0
+    fixed = MoE(8, 4, "random", width=16)
+    fixed(x)
+    assert float(aux_loss(fixed)) > 0
+
+
+def test_capacity_of_domain_experts_is_for_one_choice():
+    moe = MoE(8, 2, "domain", width=4, capacity=1.0)
+    moe(torch.randn(10, 8), domains=torch.tensor([0] * 8 + [1] * 2))
+    assert moe.stats().drop_rate == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"router": TopK(k=2, noise=1.0, seed=0)},
+        {"router": {"name": "random", "seed": 0}},
+        {"router": TopK(k=2), "capacity": 1.0, "drop": "random", "seed": 0},
+    ],
+)
+def test_a_seed_that_recomputation_cannot_repeat_is_refused(settings):
+    from torch.utils.checkpoint import checkpoint
+
+    x = torch.randn(9, 8, requires_grad=True)
+    out = checkpoint(MoE(8, 4, width=16, **copy.deepcopy(settings)), x, use_reentrant=False)
+    with pytest.raises(ModelError, match="seed=None"):
+        out.sum().backward()
+    if "capacity" in settings:
+        settings = {**settings, "seed": None}
+    else:
+        settings = {"router": {**make_router(settings["router"], 8, 4).settings(), "seed": None}}
+    moe, gradients = MoE(8, 4, width=16, **settings), []
+    for recompute in (False, True):
+        moe.zero_grad()
+        torch.manual_seed(5)
+        out = checkpoint(moe, x, use_reentrant=False) if recompute else moe(x)
+        out.square().sum().backward()
+        gradients.append(moe.experts.w_in.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
 def test_aux_loss_is_the_sum_over_layers_and_only_in_training():
     model = nn.Sequential(MoE(8, 4, width=8), MoE(8, 4, width=8, aux=["z-loss"]))
     model(torch.randn(5, 8))
@@ -321,6 +379,9 @@ def test_future_tokens_are_refused_or_warned_of():
         (lambda: MoE(8, 4, capacity=0.0), "all tokens would be dropped"),
         (lambda: MoE(8, 4, "soft", capacity=1.0), "sets each expert's load itself"),
         (lambda: MoE(8, 4, "expert-choice", capacity=1.0), "sets each expert's load itself"),
+        (lambda: MoE(8, 4, "threshold", capacity=1.0), "Threshold has no fixed one"),
+        (lambda: MoE(8, 4, "dselect-k", capacity=1.0), "DSelectK has no fixed one"),
+        (lambda: MoE(8, 4, "dense", capacity=1.0), "Dense has no fixed one"),
         (lambda: MoE(8, []), "at least one torch.nn.Module"),
         (lambda: MoE(8, 0), "at least 1, got 0"),
         (lambda: MoE(8, FeedForwardExperts(2, 4)), "the experts take 4 features"),
@@ -386,10 +447,31 @@ def test_attention_heads_against_the_definition(causal):
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
 
 
+def test_attention_heads_have_losses_of_their_own_and_are_updated():
+    loss = GlobalBalance(coef=1.0)
+    router = TopK(k=2, score="sigmoid", bias_rate=0.1)
+    one, other = (
+        MixtureOfAttentionHeads(8, 4, 4, router=copy.deepcopy(router), aux=[loss]) for _ in range(2)
+    )
+    for _ in range(2):
+        one(torch.randn(2, 6, 8))
+    other(torch.randn(2, 3, 8))
+    assert [int(x.losses[0]._inner.counts.sum()) for x in (one, other)] == [48, 12]
+    one.update()
+    assert one.losses[0].fractions.sum() == 0
+    assert one.router.bias.abs().sum() > 0
+    each = MixtureOfAttentionHeads(
+        8, 4, 4, router=TopK(k=2), aux=[{"name": "global-balance", "scope": "sequence"}]
+    )
+    each(torch.randn(2, 6, 8), torch.ones(2, 6).bool())
+    assert math.isfinite(each.aux_loss.detach())
+
+
 def test_attention_refuses_what_it_cannot_do():
     with pytest.raises(DataError, match="later tokens"):
         MixtureOfAttentionHeads(8, 4, 4, router="expert-choice")
-    with pytest.raises(DataError, match="no fixed number"):
-        MixtureOfAttentionHeads(8, 4, 4, router="threshold")
+    for router in ("threshold", "dselect-k"):
+        with pytest.raises(DataError, match="no fixed number"):
+            MixtureOfAttentionHeads(8, 4, 4, router=router)
     with pytest.raises(DataError, match=r"\(B, L, 8\)"):
         MixtureOfAttentionHeads(8, 4, 4)(torch.zeros(3, 8))

@@ -337,6 +337,26 @@ def test_route_gives_the_protocols_routing_and_leaves_padding_out():
     torch.testing.assert_close(plain.route(x)[0].weights, plain(x)[0].softmax(1).topk(2).values)
 
 
+NEAR = torch.tensor([[0.0, 0, 0, 0], [0.0, 1e-9, 3e-9, 2e-9], [1.0, 2, 1, 1]])
+
+
+def test_ties_go_to_the_lowest_index_and_near_ties_to_the_larger_logit():
+    assert (NEAR[:2].softmax(dim=1) == 0.25).all()  # rounding makes ties of logits that differ
+    router = small(state_size=0, hidden_size=4, num_experts=4)
+    for gate in router.gates:
+        gate.data.copy_(torch.eye(4))
+    expected = [[0, 1], [2, 3], [1, 0]]
+    assert router.route(NEAR)[0].indices.tolist() == expected
+    wide = small(state_size=0, hidden_size=64, num_experts=64, top_k=8)
+    wide.gates[0].data.zero_()
+    assert wide.route(torch.ones(1, 64))[0].indices.tolist() == [list(range(8))]
+    model = convert_router(tiny("mixtral"), state_size=0)
+    gate = model.model.layers[0].mlp.gate
+    gate.weight.data.copy_(torch.eye(4, gate.weight.shape[1]))
+    states = torch.nn.functional.pad(NEAR, (0, gate.weight.shape[1] - 4))
+    assert gate(states)[2].tolist() == expected
+
+
 def test_routers_of_single_layers_hand_the_state_on_and_start_anew():
     router = small()
     layers = router.layers()

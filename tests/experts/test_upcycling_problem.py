@@ -128,8 +128,8 @@ def test_every_design_is_scored_and_repeats(shared, design, tmp_path):
     balance = found.scores["balance"]["layers"]
     specialisation = found.scores["specialisation"]["layers"]
     assert balance.shape == specialisation.shape == (2,)
-    if design.method in ("bam", "bam-shared-kv", "btx", "btx-6-top-3"):
-        n_experts = 6 if design.method == "btx-6-top-3" else 4
+    if design.method in ("bam", "bam-shared-kv", "btx", "btx-larger"):
+        n_experts = 6 if design.method == "btx-larger" else 4
         assert (balance >= 1).all()
         assert (balance <= n_experts).all()
         assert ((specialisation >= 0) & (specialisation <= 1)).all()
@@ -168,7 +168,7 @@ def test_tokens_and_operations_are_those_of_the_closed_form(shared, tmp_path):
         "bam": ({}, 22, 6),
         "bam-shared-kv": ({"mixing": 0}, 22, 0),
         "btx": ({"mixing": 0.34}, 22, 2),
-        "btx-6-top-3": ({}, 22, 6),
+        "btx-larger": ({}, 22, 6),
     }
     for method, (params, dense_steps, mixing_steps) in weights_of.items():
         design = Design(method, method, params)
@@ -235,7 +235,7 @@ def test_equal_copies_as_merged_are_the_seed(tmp_path):
         Design("bam, four weighed alike", "bam", {"mixing": 0, "ffn_top_k": 4}),
         Design("shared", "bam-shared-kv", full),
         Design("btx", "btx", full),
-        Design("more", "btx-6-top-3", full),
+        Design("more", "btx-larger", full),
     ]
     for design in designs:
         found = trial(one, design, tmp_path, design.name)
@@ -335,13 +335,27 @@ def test_the_best_specialist_is_the_one_that_reads_most_domains_well(shared, tmp
 
 def test_more_experts_are_copies_of_the_specialists_in_turn(shared, tmp_path):
     models = shared._branched(0, work(tmp_path), (0, 1))
-    merged = shared._merged(Design("m", "btx-6-top-3", {"n_experts": 8}), models, 0, [])
+    merged = shared._merged(Design("m", "btx-larger", {"n_experts": 8}), models, 0, [])
     layer = merged.decoder.model.layers[0].mlp
     assert layer.router.top_k == 3
     origins = [0, 1, 2, 3, 1, 2, 3, 1]
     for expert, origin in zip(layer.experts, origins, strict=True):
         expected = models[origin].model.layers[0].mlp.up_proj.weight
         assert torch.equal(expert.up_proj.weight, expected)
+
+
+def test_a_rival_has_the_mixtures_size(shared, tmp_path):
+    models = shared._branched(0, work(tmp_path), (0, 1))
+    designs = {design.name: design for design in upcycling_designs()}
+    larger = {
+        name: mixture_cost(shared._merged(designs[name], models, 0, []), 32)
+        for name in ("BAM", "BTX, 5 experts, top-2", "BTX, 6 experts, top-3")
+    }
+    ours, equal, papers = larger.values()
+    # Attention of 4 d^2 weights and feed-forward layers of 12 d^2: routers alone differ.
+    assert equal.parameters == pytest.approx(ours.parameters, rel=0.01)
+    assert equal.active_parameters == pytest.approx(ours.active_parameters, rel=0.01)
+    assert papers.parameters > 1.1 * ours.parameters
 
 
 def test_seeds_and_specialists_are_trained_once_whoever_comes_first(shared, tmp_path, monkeypatch):
@@ -545,8 +559,8 @@ def test_one_domain_is_refused():
         ("bam", {"mixing": 2}, "mixing must be a number from 0 to 1, got 2"),
         ("bam", {"mixing": True}, "mixing must be a number from 0 to 1, got True"),
         ("bam", {"match": "time"}, 'match must be "tokens" or "flops"'),
-        ("btx-6-top-3", {"n_experts": 3}, "n_experts must be an integer of at least 4.*got 3"),
-        ("btx-6-top-3", {"n_experts": 6.5}, "n_experts must be an integer"),
+        ("btx-larger", {"n_experts": 3}, "n_experts must be an integer of at least 4.*got 3"),
+        ("btx-larger", {"n_experts": 6.5}, "n_experts must be an integer"),
     ],
 )
 def test_designs_that_cannot_run_are_refused_by_name(shared, method, params, message, tmp_path):

@@ -2,14 +2,15 @@
 
 The protocol: a decoder of eight layers and 0.6 million weights is trained beforehand on two domains
 and a little of the third, and adapted to the third: once to Python, once to Bulgarian. Every
-adapter trains at most the parameters of LoRA of rank 2 on all linear layers, and reads the same
-30,000 tokens; its learning rate is looked for on training texts set aside, in one way for all. The
-working rank is 8, with 4 shards to a vector and half of the budget private. Decoder, vocabulary and
-tokens were set by the time they take and so that LoRA of rank 16 leaves LoRA of rank 2 behind (with
-a larger vocabulary or fewer steps it does not, and rank would be no question), before any adapter
-with shared parameters was run. The paper adapts decoders of 7 and 13 billion weights and 32 to 40
-layers to instructions for 10,000 steps and judges by tasks, so that a claim that fails here says
-what small decoders do not show, not that the paper is wrong.
+adapter trains at most the parameters of LoRA of rank 2 on all linear layers, but for LoRA of eight
+times the rank, and reads the same 30,000 tokens; its learning rate is looked for on training texts
+set aside, in one way for all. The working rank is 8, with 4 shards to a vector and half of the
+budget private. Decoder, vocabulary and tokens were set by the time they take and so that LoRA of
+rank 16 leaves LoRA of rank 2 behind (with a larger vocabulary or fewer steps it does not, and rank
+would be no question), before any adapter with shared parameters was run. The paper adapts decoders
+of 7 and 13 billion weights and 32 to 40 layers to instructions for 10,000 steps and judges by
+tasks, so that a claim that fails here says what small decoders do not show, not that the paper is
+wrong. The full size adapts SmolLM2-135M as it is, on a million tokens each.
 """
 
 from __future__ import annotations

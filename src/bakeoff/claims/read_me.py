@@ -8,8 +8,8 @@ experts' rate a sixth of the peak of the decoder's own training, the router's te
 many tokens are read was set by the time that it takes. Designs that are tuned read as many tokens
 in one order. The paper refactors a decoder of 7 billion weights that had read 2 trillion tokens and
 tunes it on 1 billion: a claim that fails here says what so small a decoder does not show, not that
-the paper is wrong. The full size refactors SmolLM2-135M instead; a narrow decoder from scratch has
-no counterpart there, since what that model was trained on is not at hand.
+the paper is wrong. The full size refactors SmolLM2-135M instead, at the paper's own rates; a narrow
+decoder from scratch has no counterpart there, since what that model was trained on is not at hand.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ The protocol: a decoder with 8 experts per layer, 2 per token, from random weigh
 English and Bulgarian; every design reads the same sequences. The perceptron's width is chosen so
 that its routers have as many parameters as the recurrent ones. The usual balance loss of every
 layer by itself has weight 0.01, as in the paper. The number of tokens was set by the time that
-training takes, not by what came out. The paper's small models have 36 million weights and train
+training takes, not by what came out. Since 23 November 2026 experts are chosen by their logits, of
+equal ones the lowest; until then by probabilities, in which rounding makes ties that fell anyhow.
+Nothing else of the protocol has changed. The paper's small models have 36 million weights and train
 for 80,000 steps, its large ones 0.9 and 15 billion.
 """
 

@@ -13,8 +13,8 @@ from bakeoff.errors import DataError
 from bakeoff.experts.protocol import Routing
 from bakeoff.experts.routers import (
     RouterModule,
+    by_preference,
     check_finite,
-    chosen_columns,
     in_float32,
     new_gate,
     routed,
@@ -158,14 +158,15 @@ def sinkhorn_plan(
     n_tokens = len(logits) if mask is None else mask.sum()
     columns = torch.ones_like(kernel[0])
     rows = kernel.sum(dim=1)
-    for _ in range(max_iterations):
-        rows = 1 / (n_tokens * (kernel @ columns).clamp_min(1e-20))
-        new = 1 / (len(columns) * (rows @ kernel).clamp_min(1e-20))
-        # Relative, because the factors' own scale depends on the kernel's.
-        change = ((new - columns) / new).abs().mean()
-        columns = new
-        if change < tolerance:
-            break
+    with torch.autocast(logits.device.type, enabled=False):
+        for _ in range(max_iterations):
+            rows = 1 / (n_tokens * (kernel @ columns).clamp_min(1e-20))
+            new = 1 / (len(columns) * (rows @ kernel).clamp_min(1e-20))
+            # Relative, because the factors' own scale depends on the kernel's.
+            change = ((new - columns) / new).abs().mean()
+            columns = new
+            if change < tolerance:
+                break
     return kernel * columns * rows[:, None]
 
 
@@ -193,6 +194,7 @@ class ExpertChoice(RouterModule, name="expert-choice"):
 
     capacity_factor: float = 2.0
     is_causal: ClassVar[bool] = False
+    varies: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,4 +225,5 @@ class ExpertChoice(RouterModule, name="expert-choice"):
                 preference = preference.masked_fill(~mask[:, None], -1.0)
             best = torch.sort(preference, dim=0, descending=True, stable=True).indices
             taken.scatter_(0, best[: min(wanted, n_tokens)], True)
-        return routed(logits, probs, chosen_columns(taken), probs, mask)
+        indices = by_preference(taken, probs)
+        return routed(logits, probs, indices, probs.gather(1, indices.clamp_min(0)), mask)

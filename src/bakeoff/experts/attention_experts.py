@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bakeoff.errors import DataError
-from bakeoff.experts.balance_losses import make_loss
 from bakeoff.experts.grouped import grouped_linear
-from bakeoff.experts.mixture_of_experts import RoutingStats, router_k, routing_stats
+from bakeoff.experts.mixture_of_experts import (
+    RoutingStats,
+    has_fixed_choices,
+    own_loss,
+    router_k,
+    routing_stats,
+    sum_of_losses,
+)
 from bakeoff.experts.protocol import Router, Routing, RoutingLoss
 from bakeoff.experts.routers import make_router
 
@@ -34,7 +40,8 @@ class MixtureOfAttentionHeads(nn.Module):
     router
         Any router with the same number of choices for every token.
     aux
-        Losses, as in `MoE`.
+        Losses, as in `MoE`. Their sum is ``aux_loss`` after a forward pass in training mode; call
+        `update` after each optimizer step.
     causal
         Whether a token sees only itself and earlier ones.
 
@@ -71,11 +78,11 @@ class MixtureOfAttentionHeads(nn.Module):
             raise DataError(
                 f"causal=True, but the router {type(self.router).__name__} looks at later tokens"
             )
-        if not hasattr(self.router, "k"):
+        if not has_fixed_choices(self.router):
             raise DataError(
                 f"the router {type(self.router).__name__} has no fixed number of choices k"
             )
-        self.losses = [make_loss(loss) for loss in aux]
+        self.losses = [own_loss(loss) for loss in aux]
         self.query = nn.Parameter(torch.empty(n_experts, head_dim, hidden))
         self.output = nn.Parameter(torch.empty(n_experts, hidden, head_dim))
         self.key = nn.Linear(hidden, head_dim, bias=False)
@@ -130,7 +137,7 @@ class MixtureOfAttentionHeads(nn.Module):
         total = total.index_add(0, token, weighted)
         self.routing, self._mask, self.aux_loss = routing, present, None
         if self.training and self.losses:
-            self.aux_loss = torch.stack([loss(routing, present) for loss in self.losses]).sum()
+            self.aux_loss = sum_of_losses(self.losses, routing, present, hidden.shape[:2])
         return total.to(hidden.dtype).view(n_sequences, length, -1)
 
     def _visible(self, mask: Tensor | None, length: int, device: torch.device) -> Tensor:
@@ -142,6 +149,14 @@ class MixtureOfAttentionHeads(nn.Module):
             itself = torch.eye(length, dtype=torch.bool, device=device)
             visible = (visible & mask[:, None, None, :]) | itself
         return visible
+
+    def update(self, group: Any = None) -> None:
+        """Adapt what learns without a gradient, as `MoE.update`; after each optimizer step."""
+        if hasattr(self.router, "update"):
+            self.router.update(group)
+        for loss in self.losses:
+            if hasattr(loss, "reset"):
+                loss.reset()
 
     def stats(self) -> RoutingStats:
         """Return load and entropy of the last forward pass."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from bakeoff.errors import DataError
 from bakeoff.experts.global_balance import LoadBalancingLoss, Scope
 from bakeoff.experts.protocol import Routing, RoutingLoss
+from bakeoff.experts.token_sums import count_choices, token_mean
 
 LOSSES: dict[str, type[Any]] = {}
 """Losses by name."""
@@ -60,25 +61,13 @@ def make_loss(loss: str | dict[str, Any] | RoutingLoss) -> RoutingLoss:
     return made  # type: ignore[no-any-return]
 
 
-def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean over tokens, the first axis, without padding; 0 if all is padding."""
-    if mask is None:
-        return values.sum(dim=0) / max(len(values), 1)
-    shape = (-1,) + (1,) * (values.ndim - 1)
-    kept = values.masked_fill(~mask.view(shape), 0.0)
-    return kept.sum(dim=0) / mask.sum().clamp_min(1)
-
-
 def load_fractions(routing: Routing, first_choice: bool = False) -> Tensor:
     """Return ``(N,)`` float32: each expert's share of the assignments; carries no gradient.
 
     The loads of null experts are replaced by their mean.
     """
-    counts = routing.counts
-    if first_choice:
-        chosen = routing.indices[:, 0] + 1
-        counts = counts.new_zeros(routing.n_experts + 1)
-        counts = counts.scatter_add_(0, chosen, torch.ones_like(chosen))[1:]
+    chosen = routing.indices[:, :1] if first_choice else routing.indices
+    counts = count_choices(chosen, routing.n_experts)
     share = counts.float() / counts.sum().clamp_min(1)
     null = routing.aux.get("null_experts")
     if null is not None:
@@ -314,6 +303,8 @@ def _squared_variation(values: Tensor, sample: bool) -> Tensor:
 class Importance:
     """Squared coefficient of variation of the experts' summed probabilities.
 
+    Where the router adds noise, the probabilities are those without it, as in V-MoE.
+
     Parameters
     ----------
     coefficient
@@ -331,7 +322,8 @@ class Importance:
 
     def __call__(self, routing: Routing, mask: Tensor | None = None) -> Tensor:
         """Return the scalar loss."""
-        return self.coefficient * _squared_variation(token_mean(routing.probs, mask), self.sample)
+        probs = routing.aux.get("clean_probs", routing.probs)
+        return self.coefficient * _squared_variation(token_mean(probs, mask), self.sample)
 
 
 @_named("load")

@@ -40,7 +40,7 @@ METHOD = {
     "feed-forward experts",
     "paper": "Zhang et al., BAM! Just Like That: Simple and Efficient Parameter Upcycling for "
     "Mixture of Experts, NeurIPS 2024, arXiv 2408.08274",
-    "designs": ["bam", "bam-shared-kv", "btx", "btx-6-top-3", "average", "dense-continued"],
+    "designs": ["bam", "bam-shared-kv", "btx", "btx-larger", "average", "dense-continued"],
     "names": [
         "upcycle",
         "average_models",
@@ -226,9 +226,10 @@ def average_models(
     """
     dense = _compatible(models, tokenizers)
     average = copy.deepcopy(dense[0])
+    weights = [model.state_dict() for model in dense]
     with torch.no_grad():
         for name, weight in average.state_dict().items():
-            weight.copy_(_mean([model.state_dict()[name] for model in dense]))
+            weight.copy_(_mean([each[name] for each in weights]))
     return average.eval()
 
 

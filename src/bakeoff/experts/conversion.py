@@ -237,9 +237,10 @@ def layer_numbers(
     ([1, 3, 5, 7], [3, 7], [1, 2, 3])
     """
     if layers is not None:
+        layers = list(layers)
         chosen = sorted({layer % n_layers for layer in layers if -n_layers <= layer < n_layers})
-        if len(chosen) != len(list(layers)):
-            raise DataError(f"layers must be distinct and below {n_layers}, got {list(layers)}")
+        if len(chosen) != len(layers):
+            raise DataError(f"layers must be distinct and below {n_layers}, got {layers}")
     else:
         if every < 1 or dense_first < 0:
             raise DataError(
@@ -261,8 +262,8 @@ def to_moe(
     rank: int = 8,
     every: int = 1,
     dense_first: int = 0,
-    layers: Sequence[int] | None = None,
-    aux: Sequence[str | dict[str, Any] | RoutingLoss] = ("switch-balance", "z-loss"),
+    layers: Iterable[int] | None = None,
+    aux: Iterable[str | dict[str, Any] | RoutingLoss] = ("switch-balance", "z-loss"),
     add_aux_to_loss: bool = True,
     seed: int = 0,
     **settings: Any,
@@ -281,12 +282,14 @@ def to_moe(
         `make_layer_routers`.
     start
         ``"copy"``: each expert is the dense layer (sparse upcycling). ``"split"``: the experts are
-        the parts of one dense layer. ``"random"``: fresh weights of the dense layer's shape.
-        ``"lora"``: the dense layer stays, shared; experts are low-rank updates that start at zero.
+        the parts of one dense layer; the output is multiplied by their number, so that equal
+        weights on all experts give the dense layer's output. ``"random"``: fresh weights of the
+        dense layer's shape. ``"lora"``: the dense layer stays, shared; experts are low-rank updates
+        that start at zero.
     granularity
         With ``"copy"``: cut each copy into this many parts, each an expert (fine-grained
         upcycling). `experts` counts parts and is a multiple of it. The output is multiplied by the
-        same number, so that equal weights on all experts give the dense layer's output.
+        same number, for the same reason.
     rank
         Of ``"lora"``.
     every, dense_first, layers
@@ -299,6 +302,7 @@ def to_moe(
         For routers and random experts; and for shuffling neurons before a cut.
     **settings
         Further arguments of `MoE`: ``capacity``, ``drop``, ``dispatch``, ``shared``, ``scale``.
+        ``shared`` is a number of experts here, which have random weights.
 
     Returns
     -------
@@ -335,8 +339,10 @@ def to_moe(
         raise DataError(
             f"granularity must be at least 1 and divide experts={experts}, got {granularity}"
         )
+    _check_shared(settings.get("shared", 0), start)
     path, stack = decoder_layers(model)
     chosen = layer_numbers(len(stack), every, dense_first, layers)
+    aux = list(aux)
     parts = experts if start == "split" else granularity
     made: dict[int, MoE] = {}
     spanning: list[LayerRouter] = []
@@ -376,6 +382,19 @@ def to_moe(
     _connect(model, add_aux_to_loss)
     model.moe_layers_at = (path, chosen)  # type: ignore[assignment]
     return model
+
+
+def _check_shared(shared: Any, start: str) -> None:
+    if isinstance(shared, bool) or not isinstance(shared, int) or shared < 0:
+        raise DataError(
+            "shared must be how many experts every token passes, a whole number of at least 0, got "
+            f"{shared!r}: of a module, load_moe would not know how to make it again"
+        )
+    if shared and start == "lora":
+        raise DataError(
+            f"start='lora' keeps the dense layer as what all tokens share: leave out "
+            f"shared={shared}"
+        )
 
 
 def _router(router: Any) -> Any:

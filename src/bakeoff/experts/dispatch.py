@@ -12,6 +12,7 @@ from torch import Tensor
 from bakeoff.errors import DataError
 from bakeoff.experts.expert_bank import ExpertBank
 from bakeoff.experts.grouped import Workspace, autocast
+from bakeoff.experts.token_sums import count_choices
 
 DISPATCHERS = ("sort", "loop", "einsum", "batched")
 """Names that `dispatch` takes."""
@@ -111,11 +112,10 @@ def _slots(
 
 def _sort(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     """Return the assignments sorted by expert, without those that go nowhere, and the loads."""
-    flat = indices.reshape(-1)
-    sizes = flat.new_zeros(n_experts + 1)
-    sizes = sizes.scatter_add_(0, flat + 1, torch.ones_like(flat))
-    order = flat.argsort(stable=True)
-    return order[int(sizes[0]) :], sizes[1:]  # those that go nowhere are sorted to the front
+    sizes = count_choices(indices, n_experts)
+    order = indices.reshape(-1).argsort(stable=True)
+    # Those that go nowhere are sorted to the front.
+    return order[len(order) - int(sizes.sum()) :], sizes
 
 
 @dataclass(frozen=True)

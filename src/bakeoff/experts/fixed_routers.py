@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -138,11 +138,7 @@ class DomainRouter(RouterModule, name="domain"):
     """
 
     groups: Sequence[Sequence[int]] | None = None
-
-    @property
-    def active_experts(self) -> float:
-        """One expert per token."""
-        return 1.0
+    k: ClassVar[int] = 1
 
     def build(self, hidden: int, n_experts: int) -> None:
         """Fill the table."""

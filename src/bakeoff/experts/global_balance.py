@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from bakeoff.errors import BakeoffError, DataError, ModelError
 from bakeoff.experts.protocol import Routing
+from bakeoff.experts.routers import check_gradient, in_backward, top_k
+from bakeoff.experts.token_sums import count_choices, token_mean
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -283,7 +285,7 @@ class LoadBalancingLoss(nn.Module):
             # The losses of a mixture layer are called as loss(routing, mask).
             attention_mask = cast("Tensor | None", selected_experts)
         counted = self.scope == "global" and self.training and torch.is_grad_enabled()
-        recomputed = counted and _in_backward() and self._share(layer) is not None
+        recomputed = counted and in_backward() and self._share(layer) is not None
         exchange = counted and not recomputed and self._world() > 1
         try:
             batch = self._read(router_logits, selected_experts, attention_mask, probabilities)
@@ -374,7 +376,7 @@ class LoadBalancingLoss(nn.Module):
         self, batch: _Batch, layer: int, counted: bool, recomputed: bool, exchange: bool
     ) -> list[Tensor]:
         n_layers = len(batch.probs)
-        means = [_token_mean(probs, batch.mask) for probs in batch.probs]
+        means = [token_mean(probs, batch.mask) for probs in batch.probs]
         own = torch.stack([self._count(each, batch.mask) for each in batch.chosen])
         weight: Tensor | float = 1.0
         micro = _shares(own, means[0])
@@ -422,8 +424,7 @@ class LoadBalancingLoss(nn.Module):
             chosen, real = chosen[rows], real[rows]
         chosen = chosen.masked_fill(real[:, None] == 0, -1)
         cell = group[:, None] * (self.num_experts + 1) + chosen + 1
-        counts = group.new_zeros(n_groups * (self.num_experts + 1))
-        counts.scatter_add_(0, cell.reshape(-1), torch.ones_like(cell).reshape(-1))
+        counts = count_choices(cell, n_groups * (self.num_experts + 1))
         shares = _shares(counts.view(n_groups, -1)[:, 1:], mean)
         each = self.num_experts * (shares * mean).sum(dim=1)
         return each.sum() / (sizes > 0).sum()
@@ -443,9 +444,7 @@ class LoadBalancingLoss(nn.Module):
     def _count(self, chosen: Tensor, mask: Tensor | None) -> Tensor:
         if mask is not None:
             chosen = chosen.masked_fill(~mask[:, None], -1)
-        flat = chosen.reshape(-1) + 1  # index 0 collects those who chose nothing
-        found = flat.new_zeros(self.num_experts + 1)
-        return found.scatter_add_(0, flat, torch.ones_like(flat))[1:]
+        return count_choices(chosen, self.num_experts)
 
     @torch.no_grad()
     def _add(self, counts: Tensor, layer: int) -> None:
@@ -544,7 +543,8 @@ class LoadBalancingLoss(nn.Module):
             given_k = None if isinstance(router_logits, Routing) else self.top_k
             chosen = [self._choices(each.to(device), n_tokens, given_k) for each in choices]
         else:
-            chosen = [each.detach().topk(self.top_k, dim=1).indices for each in probs]
+            # Not of the probabilities, which round different logits to the same number.
+            chosen = [top_k(each, self.top_k) for each in flat]
         return _Batch(probs, chosen, mask, sequences)
 
     def _probabilities(self, values: Tensor, already: bool) -> Tensor:
@@ -718,13 +718,8 @@ class Attachment:
         if not model.training or getattr(output, "loss", None) is None:
             return None
         logits = _router_logits(output)
-        if torch.is_grad_enabled() and not any(each.requires_grad for each in logits):
-            gates = [p for name, p in model.named_parameters() if _GATE.search(name)]
-            if any(each.requires_grad for each in gates):
-                raise ModelError(
-                    "the router logits carry no gradient: use gradient checkpointing with "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
-                )
+        gates = (p for name, p in model.named_parameters() if _GATE.search(name))
+        check_gradient(any(each.requires_grad for each in logits), gates)
         if self._probabilities is None:
             self._probabilities = _are_probabilities(logits[0])
         mask = self._mask(self._signature.bind(model, *args, **kwargs).arguments)
@@ -831,13 +826,6 @@ def _shares(counts: Tensor, like: Tensor) -> Tensor:
     return counts.to(like) / counts.sum(dim=-1, keepdim=True).clamp_min(1)
 
 
-def _token_mean(probs: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return probs.sum(dim=0) / len(probs)  # the gradient of `mean` would be divided row by row
-    kept = mask.to(probs)
-    return (kept @ probs) / kept.sum()
-
-
 def _router_logits(output: Any) -> list[Tensor]:
     found = getattr(output, "router_logits", None)
     if not found:
@@ -852,9 +840,3 @@ def _are_probabilities(values: Tensor) -> bool:
     with torch.no_grad():
         total = values.detach().float().sum(dim=-1)
         return bool((values >= 0).all() and ((total - 1).abs() < 1e-2).all())
-
-
-def _in_backward() -> bool:
-    """Return whether autograd is running: then a forward pass is a recomputation."""
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current is not None and current() != -1

@@ -20,7 +20,7 @@ from bakeoff.experts.expert_bank import ExpertBank, ModuleExperts
 from bakeoff.experts.feed_forward import FeedForwardExperts
 from bakeoff.experts.grouped import Workspace
 from bakeoff.experts.protocol import Router, Routing, RoutingLoss
-from bakeoff.experts.routers import make_router
+from bakeoff.experts.routers import check_gradient, check_not_recomputed, make_router
 from bakeoff.experts.soft_routers import MergedExperts, SoftMoE
 
 METHOD = {
@@ -167,7 +167,7 @@ class MoE(nn.Module):
         self.capacity = (capacity, capacity) if isinstance(capacity, int | float) else capacity
         self.drop, self.dispatch, self.scale, self.causal = drop, dispatch, scale, causal
         self.seed = seed
-        self.losses = [_own_loss(loss) for loss in aux]
+        self.losses = [own_loss(loss) for loss in aux]
         self.shared = self._shared(shared)
         self.routing: Routing | None = None
         self.aux_loss: Tensor | None = None
@@ -201,6 +201,11 @@ class MoE(nn.Module):
                 raise DataError(
                     f"capacity does not apply to the router {router.name!r}, which sets each "  # type: ignore[attr-defined]
                     "expert's load itself"
+                )
+            if not has_fixed_choices(router):
+                raise DataError(
+                    "capacity is reckoned from the number of choices of every token, the router's "
+                    f"k; {type(router).__name__} has no fixed one"
                 )
             for factor in self.capacity:
                 if not factor > 0:
@@ -272,18 +277,8 @@ class MoE(nn.Module):
             result = result + always
         self.routing, self._mask, self.aux_loss = routing, mask, None
         if self.training and self.losses:
-            terms = [self._loss(loss, routing, mask, leading) for loss in self.losses]
-            self.aux_loss = torch.stack(terms).sum()
+            self.aux_loss = sum_of_losses(self.losses, routing, mask, leading)
         return result.reshape(*leading, -1)
-
-    def _loss(
-        self, loss: RoutingLoss, routing: Routing, mask: Tensor | None, leading: torch.Size
-    ) -> Tensor:
-        if getattr(loss, "needs_sequences", False) and len(leading) > 1:
-            if mask is None:
-                mask = torch.ones(leading, dtype=torch.bool, device=routing.indices.device)
-            mask = mask.reshape(-1, leading[-1])
-        return loss(routing, mask)
 
     def _mixture(self, tokens: Tensor, routing: Routing, mask: Tensor | None) -> Tensor:
         self._kept = None
@@ -309,8 +304,10 @@ class MoE(nn.Module):
             router_k(self.router),
             self.capacity[0 if self.training else 1],
         )
-        if self.drop == "random" and self.seed is not None and self._generator is None:
-            self._generator = torch.Generator(routing.indices.device).manual_seed(self.seed)
+        if self.drop == "random" and self.seed is not None:
+            check_not_recomputed()
+            if self._generator is None:
+                self._generator = torch.Generator(routing.indices.device).manual_seed(self.seed)
         kept = within_capacity(routing, capacity, self.drop, self._generator)
         # Null experts have no capacity: they cost nothing.
         return kept | (routing.indices >= self.experts.n_experts)
@@ -420,13 +417,34 @@ class MoE(nn.Module):
 
 
 def router_k(router: Any) -> int:
-    """Return how many choices a token has."""
+    """Return how many choices a token has; 1 if nothing is said."""
     return int(getattr(router, "k", 1))
 
 
-def _own_loss(loss: str | dict[str, Any] | RoutingLoss) -> RoutingLoss:
+def has_fixed_choices(router: Any) -> bool:
+    """Tell whether all tokens have as many choices, and the router says how many."""
+    return hasattr(router, "k") and not getattr(router, "varies", False)
+
+
+def own_loss(loss: str | dict[str, Any] | RoutingLoss) -> RoutingLoss:
+    """Return a loss for one layer: a copy, if it counts."""
     made = make_loss(loss)
     return copy.deepcopy(made) if made is loss and hasattr(made, "reset") else made
+
+
+def sum_of_losses(
+    losses: Sequence[RoutingLoss], routing: Routing, mask: Tensor | None, leading: torch.Size
+) -> Tensor:
+    """Return the sum of a layer's losses; `leading` is the shape of its tokens, `mask` ``(T,)``."""
+    terms = []
+    for loss in losses:
+        seen = mask
+        if getattr(loss, "needs_sequences", False) and len(leading) > 1:
+            if seen is None:
+                seen = torch.ones(leading, dtype=torch.bool, device=routing.indices.device)
+            seen = seen.reshape(-1, leading[-1])
+        terms.append(loss(routing, seen))
+    return torch.stack(terms).sum()
 
 
 def _loss_settings(loss: Any) -> dict[str, Any]:
@@ -531,11 +549,20 @@ def aux_loss(model: nn.Module) -> Tensor:
     ------
     bakeoff.errors.DataError
         If the model has no mixture layer.
+    bakeoff.errors.ModelError
+        If gradients are on and the losses of a layer whose router is trained have none, as after
+        reentrant gradient checkpointing.
     """
     layers = moe_layers(model)
     if not layers:
         raise DataError("the model has no MoE layer")
-    found = [layer.aux_loss for layer in layers.values() if layer.aux_loss is not None]
+    found = []
+    for layer in layers.values():
+        if layer.aux_loss is not None:
+            router: Any = layer.router
+            gates = router.parameters() if isinstance(router, nn.Module) else ()
+            check_gradient(layer.aux_loss.requires_grad, gates)
+            found.append(layer.aux_loss)
     if not found:
         return torch.zeros((), device=next(model.parameters()).device)
     return torch.stack([loss.to(found[0].device) for loss in found]).sum()

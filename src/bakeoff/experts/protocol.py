@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from bakeoff.errors import DataError
+from bakeoff.experts.token_sums import count_choices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,19 +81,18 @@ class Routing:
     @property
     def counts(self) -> Tensor:
         """``(N,)`` int64: how many tokens chose each expert, before capacity drops any."""
-        # Index 0 collects the -1 of tokens that chose nothing.
-        chosen = self.indices.reshape(-1) + 1
-        found = chosen.new_zeros(self.n_experts + 1)
-        return found.scatter_add_(0, chosen, chosen.new_ones(chosen.shape))[1:]
+        return count_choices(self.indices, self.n_experts)
 
 
 @runtime_checkable
 class Router(Protocol):
     """A callable that routes tokens.
 
-    Two attributes are optional. ``is_causal`` is False where a token's routing depends on later
-    tokens (absent means True); ``update(routing)`` is called by the training loop after each
-    optimizer step, for routers that adapt without a gradient.
+    Some attributes are optional. ``is_causal`` is False where a token's routing depends on later
+    tokens (absent means True). ``k`` is the number of choices of every token; where it is absent,
+    or ``varies`` is True, there is no such number, and so no capacity. ``update(group=None)`` is
+    called by `MoE.update` after each optimizer step, for routers that adapt without a gradient;
+    `group` is the process group whose loads are summed up.
     """
 
     n_experts: int
@@ -101,8 +101,8 @@ class Router(Protocol):
         """Route ``(T, h)`` hidden states.
 
         `mask`, ``(T,)`` bool, is False at padding, which goes nowhere. `context` may hold
-        ``token_ids (T,)``, ``sequence_ids (T,)``, ``positions (T,)`` and ``domains (T,)``, all
-        int64; a router takes what it needs and ignores the rest.
+        ``token_ids (T,)``, ``sequence_ids (T,)`` and ``domains (T,)``, all int64; a router takes
+        what it needs and ignores the rest.
         """
         ...
 

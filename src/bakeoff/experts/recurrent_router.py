@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bakeoff.errors import DataError, ModelError
 from bakeoff.experts.protocol import Routing
+from bakeoff.experts.routers import check_finite, top_k
 
 METHOD = {
     "slug": "recurrent-router",
@@ -344,15 +345,25 @@ class RecurrentRouter(nn.Module):
                 )
             x = x.masked_fill(~mask[:, None], 0.0)
         logits, state = self(x, state, layer_idx)
-        _check_finite(logits)
-        probs = logits.softmax(dim=1)
-        weights, indices = probs.topk(self.top_k, dim=1)
-        if self.renormalize:
-            weights = weights / weights.sum(dim=1, keepdim=True)
+        check_finite(logits)
+        probs, weights, indices = self.choose(logits)
         if mask is not None:
             indices = indices.masked_fill(~mask[:, None], -1)
             weights = weights.masked_fill(~mask[:, None], 0.0)
         return Routing(logits, probs, indices, weights), state
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return probabilities ``(T, N)``, and weights and indices ``(T, K)`` of the experts taken.
+
+        Of equal logits the lowest index wins.
+        """
+        probs = logits.softmax(dim=1)
+        # Not of the probabilities, which round different logits to the same number.
+        indices = top_k(logits, self.top_k)
+        weights = probs.gather(1, indices)
+        if self.renormalize:
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        return probs, weights, indices
 
     def layers(self) -> list[LayerRouter]:
         """Return one router per layer, each of the family's protocol, with the state between them.
@@ -838,9 +849,7 @@ class _RecurrentGate:
         if state is not None:
             state = state.to(x.device)  # layers may be on several devices
         logits, link.outgoing = link.router(x, state, link.layer)
-        weights, indices = logits.softmax(dim=1).topk(link.router.top_k, dim=1)
-        if link.router.renormalize:
-            weights = weights / weights.sum(dim=1, keepdim=True)
+        _, weights, indices = link.router.choose(logits)
         return logits, weights if link.float_weights else weights.to(x.dtype), indices
 
 
@@ -930,11 +939,3 @@ def routing_mutual_information(first: Tensor, second: Tensor, bins: int = 100) -
 
 def _matrices(count: int, rows: int, columns: int) -> nn.ParameterList:
     return nn.ParameterList(nn.Parameter(torch.empty(rows, columns)) for _ in range(count))
-
-
-def _check_finite(logits: Tensor) -> None:
-    finite = torch.isfinite(logits).all()
-    if logits.is_cuda:
-        torch._assert_async(finite, "the router's logits are not all finite")
-    elif not finite:
-        raise DataError("the router's logits are not all finite: tokens or weights hold NaN")

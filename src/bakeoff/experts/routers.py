@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self, cast
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bakeoff.errors import DataError
+from bakeoff.errors import DataError, ModelError
 from bakeoff.experts.protocol import Router, Routing
 
 ROUTERS: dict[str, type[RouterModule]] = {}
@@ -41,6 +41,8 @@ class RouterModule(nn.Module):
     name: ClassVar[str] = ""
     is_causal: ClassVar[bool] = True
     is_causal_in_training: ClassVar[bool] = True
+    varies: ClassVar[bool] = False
+    """Whether tokens differ in how many experts they choose."""
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,9 +89,15 @@ class RouterModule(nn.Module):
 
         With ``seed=None`` they come from torch's own generator, as dropout's do, so that gradient
         checkpointing draws the same ones again; with a seed, from a generator of this router.
+
+        Raises
+        ------
+        bakeoff.errors.ModelError
+            If gradient checkpointing asks for them again and there is a seed.
         """
         generator = None
         if getattr(self, "seed", None) is not None:
+            check_not_recomputed()
             generator = self._generators.get(like.device)
             if generator is None:
                 generator = torch.Generator(like.device).manual_seed(int(cast(Any, self).seed))
@@ -189,12 +197,41 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 def check_finite(logits: Tensor) -> None:
     """Raise if a logit is not finite."""
     finite = torch.isfinite(logits).all()
-    if logits.is_cuda:
-        torch._assert_async(finite)  # without waiting for the device
+    if logits.is_cuda:  # without waiting for the device
+        torch._assert_async(finite, "the router's logits are not all finite")
     elif not finite:
         raise DataError(
             "the router's logits are not all finite: the hidden states or the gate's weights "
             "hold NaN or infinity"
+        )
+
+
+def check_gradient(has_gradient: bool, gates: Iterable[Tensor]) -> None:
+    """Raise if balance losses would be constants while there are gates to train.
+
+    Reentrant checkpointing runs layers without gradients at first: what is made of their routing
+    outside of them is cut off.
+    """
+    if not has_gradient and torch.is_grad_enabled() and any(gate.requires_grad for gate in gates):
+        raise ModelError(
+            "the balance losses carry no gradient: use gradient checkpointing with "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}; to read the losses of a pass "
+            "without gradients, read them without gradients too"
+        )
+
+
+def in_backward() -> bool:
+    """Return whether autograd is running: then a forward pass is a recomputation."""
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return current is not None and current() != -1
+
+
+def check_not_recomputed() -> None:
+    """Raise where gradient checkpointing runs a layer again: a seed of its own goes on instead."""
+    if in_backward():
+        raise ModelError(
+            "with a seed of its own, a router or layer draws other numbers when gradient "
+            "checkpointing runs it again: give it seed=None"
         )
 
 
@@ -223,11 +260,16 @@ def new_gate(n_experts: int, hidden: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(n_experts, hidden).normal_(std=0.02))
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return values of lower precision as float32, others as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def in_float32(hidden: Tensor, weight: Tensor) -> Tensor:
     """Return ``hidden @ weight.T`` in float32 (float64 stays), whatever autocast says."""
     with torch.autocast(hidden.device.type, enabled=False):
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        return F.linear(hidden.to(dtype), weight.to(dtype))
+        hidden = at_least_float32(hidden)
+        return F.linear(hidden, weight.to(hidden.dtype))
 
 
 @dataclass(eq=False, repr=False)
@@ -326,7 +368,7 @@ class TopK(RouterModule, name="top-k"):
                 f"groups_kept must be from 1 to groups and divide k, got groups={self.groups}, "
                 f"groups_kept={self.groups_kept}, k={self.k}"
             )
-        if self.k == 1 and self.renorm and self.score == "softmax":
+        if self.k == 1 and self.renorm:
             warnings.warn(
                 "renorm=True with k=1 makes every weight 1: the router gets no gradient from the "
                 "model's loss",
@@ -356,11 +398,20 @@ class TopK(RouterModule, name="top-k"):
             self.noise_weight = nn.Parameter(torch.zeros(choices, hidden))
         if self.bias_rate:
             self.bias = nn.Buffer(torch.zeros(choices))
-            self.load = nn.Buffer(torch.zeros(choices), persistent=False)
+            self.load = nn.Buffer(torch.zeros(choices, dtype=torch.int64), persistent=False)
 
     def build_gate(self, hidden: int, n_choices: int) -> None:
         """Create what `logits` needs."""
         self.weight = new_gate(n_choices, hidden)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The bias stays in float32 when the model is converted: small steps would be rounded away.
+        before = self._buffers.get("bias")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self._buffers.get("bias")
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self._buffers["bias"] = before.to(after.device)
+        return self
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return ``(T, N)`` float32 scores."""
@@ -371,7 +422,8 @@ class TopK(RouterModule, name="top-k"):
         hidden = without_padding(hidden, mask)
         gated = hidden
         if self.training and self.jitter:
-            gated = hidden * (1 + self.jitter * (2 * self.random(torch.rand, hidden) - 1))
+            gated = at_least_float32(hidden)
+            gated = gated * (1 + self.jitter * (2 * self.random(torch.rand, gated) - 1))
         logits = self.logits(gated)
         check_finite(logits)
         clean = logits / self.temperature
@@ -379,17 +431,21 @@ class TopK(RouterModule, name="top-k"):
             deviation = clean.std(dim=1, keepdim=True, correction=0)
             clean = (clean - clean.mean(dim=1, keepdim=True)) / deviation.clamp_min(1e-6)
         scored, aux = self._with_noise(clean, hidden)
-        if self.score == "softmax":
-            scores = probs = scored.softmax(dim=1)
-        else:
-            scores = scored.sigmoid()
-            probs = scores / scores.sum(dim=1, keepdim=True).clamp_min(1e-20)
+        scores, probs = self._score(scored)
         indices = self._choose(scored, scores)
         weights = self._weigh(scored, scores, indices)
         routing = routed(logits, probs, indices, weights * self.scale, mask, aux)
         if self.training and self.bias_rate:
             self.load.add_(routing.counts)
         return routing
+
+    def _score(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores, and what they are as probabilities."""
+        if self.score == "softmax":
+            probs = logits.softmax(dim=1)
+            return probs, probs
+        scores = logits.sigmoid()
+        return scores, scores / scores.sum(dim=1, keepdim=True).clamp_min(1e-20)
 
     def _with_noise(self, clean: Tensor, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.training or not self.noise:
@@ -399,7 +455,12 @@ class TopK(RouterModule, name="top-k"):
         else:
             deviation = torch.full_like(clean, float(self.noise) / clean.shape[1])
         noisy = clean + self.random(torch.randn, clean) * deviation
-        return noisy, {"clean_logits": clean, "noisy_logits": noisy, "noise_std": deviation}
+        return noisy, {
+            "clean_logits": clean,
+            "clean_probs": self._score(clean)[1],
+            "noisy_logits": noisy,
+            "noise_std": deviation,
+        }
 
     def _choose(self, scored: Tensor, scores: Tensor) -> Tensor:
         # Softmax keeps the order of the logits but can round different ones to the same number.
@@ -417,9 +478,12 @@ class TopK(RouterModule, name="top-k"):
             preference = grouped.masked_fill(~kept[:, :, None], -math.inf).flatten(1)
         return top_k(preference, self.k)
 
+    @property
+    def _divides(self) -> bool:
+        return self.k > 1 if self.renorm is None else self.renorm
+
     def _weigh(self, scored: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
-        renorm = self.k > 1 if self.renorm is None else self.renorm
-        if not renorm:
+        if not self._divides:
             return scores.gather(1, indices)
         if self.score == "softmax":
             return scored.gather(1, indices).softmax(dim=1)
@@ -436,7 +500,8 @@ class TopK(RouterModule, name="top-k"):
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.load, group=group)
-        self.bias.add_(self.bias_rate * torch.sign(self.load.mean() - self.load))
+        load = self.load.double()
+        self.bias.add_(self.bias_rate * torch.sign(load.mean() - load).to(self.bias.dtype))
         self.load.zero_()
 
 
@@ -541,7 +606,8 @@ class NullExperts(TopK, name="null-experts"):
     ----------
     null
         Number of null experts; k counts them. Renormalised weights are those of the real experts
-        among the k. Indices from ``n_experts`` on are null experts. Other parameters as in `TopK`.
+        among the k, divided by their sum. Indices from ``n_experts`` on are null experts. Other
+        parameters as in `TopK`.
 
     Notes
     -----
@@ -570,7 +636,7 @@ class NullExperts(TopK, name="null-experts"):
         routing = super().forward(hidden, mask=mask, **context)
         real = (routing.indices >= 0) & (routing.indices < self.n_experts)
         weights = routing.weights * real
-        if self.renorm is not False:
+        if self._divides:
             weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-20) * self.scale
         null = torch.arange(self.n_choices, device=hidden.device) >= self.n_experts
         aux = {**routing.aux, "null_experts": null}
@@ -635,6 +701,8 @@ class Threshold(RouterModule, name="threshold"):
     threshold goes to its best expert in training too, where the paper lets it pass by.
     """
 
+    varies: ClassVar[bool] = True
+
     def build(self, hidden: int, n_experts: int) -> None:
         """Create expert directions and thresholds."""
         self.weight = nn.Parameter(torch.randn(n_experts, hidden))
@@ -642,23 +710,19 @@ class Threshold(RouterModule, name="threshold"):
 
     def forward(self, hidden: Tensor, *, mask: Tensor | None = None, **context: Any) -> Routing:
         """Route ``(T, hidden)`` states; see `Router`."""
-        directions = F.normalize(self.weight.float(), dim=1)
-        logits = in_float32(F.normalize(without_padding(hidden, mask), dim=1), directions)
+        directions = F.normalize(at_least_float32(self.weight), dim=1)
+        states = at_least_float32(without_padding(hidden, mask))
+        logits = in_float32(F.normalize(states, dim=1), directions)
         check_finite(logits)
         margin = logits.sigmoid() - self.threshold.to(logits).sigmoid()
         passed = (margin > 0).detach()
         passed = passed.scatter(1, top_k(margin, 1), True)
         count = passed.sum(dim=1, keepdim=True)
         straight_through = passed + margin - margin.detach()
-        indices = chosen_columns(passed)
-        return routed(
-            logits,
-            logits.softmax(dim=1),
-            indices,
-            straight_through / count,
-            mask,
-            {"directions": directions},
-        )
+        indices = by_preference(passed, margin)
+        weights = (straight_through / count).gather(1, indices.clamp_min(0))
+        probs = logits.softmax(dim=1)
+        return routed(logits, probs, indices, weights, mask, {"directions": directions})
 
 
 @dataclass(eq=False, repr=False)
@@ -683,6 +747,7 @@ class DSelectK(RouterModule, name="dselect-k"):
 
     k: int = 2
     gamma: float = 1.0
+    varies: ClassVar[bool] = True
 
     def build(self, hidden: int, n_experts: int) -> None:
         """Create the bit and mixing weights of the selectors."""
@@ -705,14 +770,17 @@ class DSelectK(RouterModule, name="dselect-k"):
         bit = smooth_step(raw, self.gamma).view(len(raw), self.k, 1, -1)
         selected = torch.where(self.codes, bit, 1 - bit).prod(dim=3)  # (T, k, N)
         mix = in_float32(hidden, self.mix_weight).softmax(dim=1)
-        weights = torch.einsum("tk,tkn->tn", mix, selected)
+        # No matrix product, which autocast would round.
+        by_expert = (mix[:, :, None] * selected).sum(dim=1)
         # With a number of experts that is no power of two, mass can lie on codes without expert.
         mass = selected.sum(dim=2)
         entropy = -(selected * selected.clamp_min(1e-20).log()).sum(dim=2)
         aux = {"selector_entropy": entropy.sum(dim=1), "selector_mass": mass}
-        probs = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-20)
-        logits = weights.clamp_min(1e-20).log()
-        return routed(logits, probs, chosen_columns(weights > 0), weights, mask, aux)
+        probs = by_expert / by_expert.sum(dim=1, keepdim=True).clamp_min(1e-20)
+        logits = by_expert.clamp_min(1e-20).log()
+        indices = by_preference(by_expert > 0, by_expert)
+        weights = by_expert.gather(1, indices.clamp_min(0))
+        return routed(logits, probs, indices, weights, mask, aux)
 
 
 def smooth_step(value: Tensor, gamma: float) -> Tensor:
@@ -721,7 +789,16 @@ def smooth_step(value: Tensor, gamma: float) -> Tensor:
     return -2 / gamma**3 * inside**3 + 3 / (2 * gamma) * inside + 0.5
 
 
-def chosen_columns(chosen: Tensor) -> Tensor:
-    """Return ``(T, N)`` indices: the column's number where `chosen`, else -1."""
-    columns = torch.arange(chosen.shape[1], device=chosen.device).expand(chosen.shape)
-    return columns.masked_fill(~chosen, -1)
+def by_preference(chosen: Tensor, preference: Tensor) -> Tensor:
+    """Return ``(T, N)`` indices: the columns that are `chosen`, the most preferred first, then -1.
+
+    Equal ones are taken from the lowest index on.
+
+    Examples
+    --------
+    >>> by_preference(torch.tensor([[True, False, True]]), torch.tensor([[0.2, 0.9, 0.7]])).tolist()
+    [[2, 0, -1]]
+    """
+    ranked = preference.detach().masked_fill(~chosen, -math.inf)
+    order = torch.sort(ranked, dim=1, descending=True, stable=True).indices
+    return order.masked_fill(~chosen.gather(1, order), -1)

@@ -12,6 +12,8 @@ from bakeoff.errors import DataError
 from bakeoff.experts.protocol import Routing
 from bakeoff.experts.routers import (
     RouterModule,
+    at_least_float32,
+    by_preference,
     check_finite,
     in_float32,
     new_gate,
@@ -20,9 +22,12 @@ from bakeoff.experts.routers import (
 )
 
 
-def everything(probs: Tensor) -> Tensor:
-    """Return ``(T, N)`` indices of all experts."""
-    return torch.arange(probs.shape[1], device=probs.device).expand(probs.shape)
+def everything(
+    logits: Tensor, probs: Tensor, mask: Tensor | None, aux: dict[str, Tensor] | None = None
+) -> Routing:
+    """Return a routing of each token to all experts, the most probable first."""
+    indices = by_preference(torch.ones_like(probs, dtype=torch.bool), logits)
+    return routed(logits, probs, indices, probs.gather(1, indices), mask, aux)
 
 
 def sequence_rows(hidden: Tensor, context: dict[str, Any]) -> Tensor:
@@ -57,8 +62,7 @@ class Dense(RouterModule, name="dense"):
         """Route ``(T, hidden)`` states; see `Router`."""
         logits = in_float32(without_padding(hidden, mask), self.weight)
         check_finite(logits)
-        probs = logits.softmax(dim=1)
-        return routed(logits, probs, everything(probs), probs, mask)
+        return everything(logits, logits.softmax(dim=1), mask)
 
 
 @dataclass(eq=False, repr=False)
@@ -100,8 +104,9 @@ class SoftMoE(RouterModule, name="soft"):
 
     def forward(self, hidden: Tensor, *, mask: Tensor | None = None, **context: Any) -> Routing:
         """Route ``(T, hidden)`` states; see `Router`."""
-        unit = _unit(without_padding(hidden, mask).float(), 1)
-        logits = unit @ (self.scale * _unit(self.slot_vectors.float(), 0)).flatten(1)
+        unit = _unit(at_least_float32(without_padding(hidden, mask)), 1)
+        slots = self.scale * _unit(at_least_float32(self.slot_vectors), 0)
+        logits = in_float32(unit, slots.flatten(1).T)
         check_finite(logits)
         rows = sequence_rows(hidden, context)
         seen = rows >= 0
@@ -118,7 +123,7 @@ class SoftMoE(RouterModule, name="soft"):
         by_expert = logits.view(-1, self.n_experts, self.slots).logsumexp(dim=2)
         probs = by_expert.softmax(dim=1)
         aux = {"dispatch": dispatch, "combine": combine, "sequence_rows": rows}
-        return routed(by_expert, probs, everything(probs), probs, mask, aux)
+        return everything(by_expert, probs, mask, aux)
 
 
 def _unit(value: Tensor, dim: int) -> Tensor:
@@ -155,7 +160,7 @@ class MergedExperts(RouterModule, name="merged"):
 
     def forward(self, hidden: Tensor, *, mask: Tensor | None = None, **context: Any) -> Routing:
         """Route ``(T, hidden)`` states; see `Router`."""
-        states = without_padding(hidden, mask).float()
+        states = at_least_float32(without_padding(hidden, mask))
         rows = sequence_rows(hidden, context)
         seen = rows >= 0
         if mask is not None:
@@ -168,5 +173,4 @@ class MergedExperts(RouterModule, name="merged"):
         present = rows >= 0
         sequence[rows[present]] = present.nonzero()[:, 0]
         logits = by_sequence[sequence]
-        probs = logits.softmax(dim=1)
-        return routed(logits, probs, everything(probs), probs, mask, {"sequence_rows": rows})
+        return everything(logits, logits.softmax(dim=1), mask, {"sequence_rows": rows})

@@ -26,6 +26,8 @@ from transformers.utils.generic import can_return_tuple
 
 from bakeoff.errors import DataError, ModelError
 from bakeoff.experts.protocol import Routing
+from bakeoff.experts.routers import check_gradient
+from bakeoff.experts.token_sums import token_mean
 
 Method = Literal["bam", "btx"]
 
@@ -613,6 +615,11 @@ class UpcycledForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         UpcycledOutput
             ``loss`` (given `labels`) is the language-model loss, to which ``aux_loss`` is added in
             training mode alone, so that validation losses compare with those of dense models.
+
+        Raises
+        ------
+        bakeoff.errors.ModelError
+            In training with reentrant gradient checkpointing, which cuts off the auxiliary losses.
         """
         batch = self._batch
         padded = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
@@ -637,6 +644,8 @@ class UpcycledForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         aux_loss = self._aux_loss(feed_forward, batch.token_mask(given.shape[:2]))
         loss = output.loss
         if loss is not None and self.training:
+            gates = (m.router.weight for m in self.modules() if isinstance(m, FeedForwardMixture))
+            check_gradient(any(routing.logits.requires_grad for routing in feed_forward), gates)
             loss = loss + aux_loss * _share_of_batch(labels, kwargs.get("num_items_in_batch"))
         return UpcycledOutput(
             loss=loss,
@@ -673,7 +682,7 @@ def load_balance(routing: Routing, mask: Tensor | None = None) -> Tensor:
     """
     counts = routing.counts.to(routing.probs.dtype)
     fractions = counts / counts.sum().clamp_min(1)
-    return routing.n_experts * (fractions * _token_mean(routing.probs, mask)).sum()
+    return routing.n_experts * (fractions * token_mean(routing.probs, mask)).sum()
 
 
 def router_z(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -686,14 +695,7 @@ def router_z(routing: Routing, mask: Tensor | None = None) -> Tensor:
     >>> float(router_z(routing))
     0.0
     """
-    return _token_mean(routing.logits.logsumexp(dim=-1).square(), mask)
-
-
-def _token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return values.mean(dim=0)
-    kept = values.masked_fill(~mask.view(-1, *[1] * (values.ndim - 1)), 0.0)
-    return kept.sum(dim=0) / mask.sum().clamp_min(1)
+    return token_mean(routing.logits.logsumexp(dim=-1).square(), mask)
 
 
 def _share_of_batch(labels: Tensor | None, n_items: Any) -> Any:

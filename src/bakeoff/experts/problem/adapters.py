@@ -651,7 +651,7 @@ class AdapterProblem(DomainProblem):
             "params": {k: v for k, v in design.params.items() if k != "over_budget"},
             "domain": domain,
         }
-        text = json.dumps(facts, sort_keys=True, default=str)
+        text = json.dumps(facts, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:20]
 
         def loss_at(rate: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -107,12 +108,10 @@ class DomainProblem(ABC):
         self.n_tokens, self.batch_size = n_tokens, batch_size
         if learning_rate is None:
             learning_rate = SCRATCH_RATE if self.from_scratch else 1e-4
-        self.learning_rate = learning_rate
-        for name, bound in {"n_tokens": 1, "context": 8, "batch_size": 1}.items():
-            if getattr(self, name) < bound:
-                raise DataError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        if n_layers is not None and n_layers < 1:
-            raise DataError(f"n_layers must be at least 1, got {n_layers}")
+        self.learning_rate = float(learning_rate)
+        for name, least in {"n_tokens": 1, "context": 8, "batch_size": 1, "n_layers": 1}.items():
+            if name != "n_layers" or n_layers is not None:
+                setattr(self, name, _whole_number(name, getattr(self, name), least))
         if n_layers is not None and self.from_scratch:
             raise DataError(f"n_layers goes with a model that is named, not with base={base!r}")
         if not self.learning_rate > 0:
@@ -152,7 +151,7 @@ class DomainProblem(ABC):
 
     def fingerprint(self) -> str:
         """Return a digest of texts, base model and budget."""
-        text = json.dumps(self._facts(), sort_keys=True, default=str)
+        text = json.dumps(self._facts(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _facts(self) -> dict[str, object]:
@@ -414,6 +413,17 @@ def forward_flops_per_token(model: Any, rows: Mapping[str, Tensor]) -> float:
     with evaluating(model), torch.no_grad(), attention, counter:
         model(input_ids=batch.to(device), use_cache=False)
     return counter.get_total_flops() / batch.numel()
+
+
+def _whole_number(name: str, value: Any, least: int) -> int:
+    """Return a whole number of any type as Python's own."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise DataError(f"{name} must be a whole number, got {value!r}") from None
+    if number < least:
+        raise DataError(f"{name} must be at least {least}, got {number}")
+    return number
 
 
 def _end_id(tokenizer: Any) -> int:

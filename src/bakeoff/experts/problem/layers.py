@@ -105,8 +105,9 @@ _OUT_NAMES = ("down_proj", "w2", "wo", "c_proj", "fc2", "dense_4h_to_h", "fc_out
 _PASSES = 3
 # What seeds are derived for.
 _TRAINING, _EXPERTS, _ROUTERS, _ORDER, _DEALING, _FIRST_LAYER = range(6)
-# Raise when training or judging changes what a trial scores.
+# Raise when training or judging changes what a trial scores, of all methods or of one.
 _VERSION = 1
+_VERSIONS = {_RECURRENT: 2}  # of equal logits, the lowest index wins
 
 
 def layer_designs() -> Designs:
@@ -236,6 +237,10 @@ class LayerProblem(DomainProblem):
 
     def _version(self) -> int:
         return _VERSION
+
+    def method_version(self, method: str) -> str:
+        """Return the version of a method's implementation."""
+        return str(_VERSIONS.get(method, self._version()))
 
     def _facts(self) -> dict[str, object]:
         return {
