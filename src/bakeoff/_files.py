@@ -84,6 +84,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `path` when the block ends without an error.
+
+    What `path` held before is gone then; after an error `path` is as it was. Between two folders
+    there is a moment without any, so a kill can leave none, but never a mixture.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        # One level deeper, because mkdtemp makes its own folder for the owner alone.
+        inner = scratch / path.name
+        inner.mkdir()
+        yield inner
+        if path.exists():
+            os.replace(path, scratch / "before")
+        os.replace(inner, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:
     """Return the folder `path`; if it is not there, `build` fills it, once, in one process.
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.models import tiny
 
 from bakeoff.errors import DataError, ModelError
-from bakeoff.models import encode
+from bakeoff.models import embed_batch, encode
 from bakeoff.models.encoding import token_budget_batches
 
 WINDOW = 24
@@ -224,6 +224,70 @@ def test_padding_costs_at_most_what_it_saves(model):
     assert all((mask == 0).sum() <= 64 for mask in batches)
     total = sum(mask.numel() for mask in batches)
     assert sum(mask.sum() for mask in batches) > 0.9 * total
+
+
+def masks_seen(model, run):
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, args: seen.append(args[0]["attention_mask"]))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"), [("bert", "mean"), ("bert", "cls"), ("llama", "lasttoken")]
+)
+@pytest.mark.parametrize("prompt", [None, "the dog saw "])
+def test_a_batch_has_the_vectors_and_gradients_of_one_padded_pass(tmp_path, name, pooling, prompt):
+    model = sentence_transformer(tmp_path, name, pooling, include_prompt=False).eval()
+    texts = texts_of_all_lengths(40)
+    weights = torch.randn(len(texts), model.get_embedding_dimension())
+
+    def gradients(one_pass):
+        model.zero_grad()
+        vectors = embed_batch(model, texts, prompt=prompt, one_pass=one_pass)
+        (vectors * weights).sum().backward()
+        return vectors.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    whole, expected = gradients(True)
+    assert torch.allclose(
+        whole, model(model.preprocess(texts, prompt=prompt))["sentence_embedding"]
+    )
+    vectors, found = gradients(False)
+    assert torch.allclose(vectors, whole, atol=1e-5)
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-4 * float(other.abs().max().clamp_min(1)))
+
+
+def test_short_texts_of_a_batch_are_not_padded_to_the_long_ones(model):
+    texts = ["the cat"] * 30 + [" ".join(["dog"] * 20)] * 30
+    passes = masks_seen(model, lambda: embed_batch(model, texts))
+    assert sum(len(mask) for mask in passes) == 60
+    assert all((mask == 0).sum() <= 64 for mask in passes)
+    (whole,) = masks_seen(model, lambda: embed_batch(model, texts, one_pass=True))
+    assert whole.shape[0] == 60
+    assert sum(mask.numel() for mask in passes) < 0.7 * whole.numel()
+
+
+def test_what_looks_at_the_whole_batch_sees_it(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    class Standardise(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(20)
+
+        def forward(self, features):
+            features["sentence_embedding"] = self.norm(features["sentence_embedding"])
+            return features
+
+    inner = sentence_transformer(tmp_path)
+    model = SentenceTransformer(modules=[*inner.children(), Standardise()], device="cpu").train()
+    vectors = embed_batch(model, texts_of_all_lengths(40))
+    assert torch.allclose(vectors.mean(dim=0), torch.zeros(20), atol=1e-5)
 
 
 def test_no_texts_give_no_rows_of_the_right_width(model):

@@ -12,7 +12,7 @@ from tests.embedding.tiny_problem import sentences
 from tests.models import tiny
 
 from bakeoff.errors import ModelError
-from bakeoff.models import TextEncoder
+from bakeoff.models import TextEncoder, load_encoder
 
 TEXTS = list(sentences(12, 4))
 
@@ -61,6 +61,30 @@ def test_a_plain_folder_gives_the_mean_over_tokens(folder):
         with torch.no_grad():
             states = model(torch.tensor([tokenizer(text).input_ids])).last_hidden_state[0]
         np.testing.assert_allclose(vector, states.mean(dim=0), atol=1e-5)
+
+
+def test_modules_of_ours_load_and_no_code_of_a_folder_runs(folder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
+    from bakeoff.embedding.baselines import PositionWeightedMeanPooling
+
+    parts = [Transformer(str(folder / "plain")), PositionWeightedMeanPooling(32)]
+    made = SentenceTransformer(modules=parts, device="cpu", prompts={"query": "find "})
+    made.save(str(tmp_path / "ours"))
+    encoder = TextEncoder(tmp_path / "ours")
+    np.testing.assert_allclose(encoder.encode(TEXTS), made.encode(TEXTS), atol=1e-5)
+    assert encoder.model.prompts["query"] == "find "
+    assert not encoder.model.trust_remote_code
+    assert load_encoder(tmp_path / "ours").encode(TEXTS).shape == (12, 32)
+
+    listed = json.loads((tmp_path / "ours" / "modules.json").read_text())
+    (tmp_path / "ours" / "evil.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    listed.append({"idx": 2, "name": "2", "path": "", "type": "evil.Module"})
+    (tmp_path / "ours" / "modules.json").write_text(json.dumps(listed))
+    with pytest.raises(ModelError, match=r"evil\.Module, code of others, which is never run"):
+        load_encoder(tmp_path / "ours")
+    assert not (tmp_path / "run").exists()
 
 
 def test_progress_and_cut_texts_are_told(folder):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import bakeoff
-from bakeoff._files import write_text
+from bakeoff._files import atomic_folder, write_text
 from bakeoff.cli.values import json_or_text
 from bakeoff.errors import BakeoffError, DataError, ModelError
 
@@ -667,13 +665,9 @@ def _check_new(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise DataError(f"--out: {out} is there already and not empty; give another folder")
     with _writing(out):
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(_scratch(out))
-
-
-def _scratch(out: Path) -> Path:
-    target = out.absolute()
-    return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part"))
+        parent = out.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=parent, prefix=f".{out.name}.").cleanup()
 
 
 @contextmanager
@@ -683,16 +677,8 @@ def _new_folder(out: Path, work: _Work) -> Iterator[Path]:
     Whatever happens before, Ctrl-C included, leaves nothing behind.
     """
     work.say(f"writing {out}")
-    with _writing(out), _quiet():
-        scratch = _scratch(out)
-        try:
-            # One level deeper, because mkdtemp makes its own folder for the owner alone.
-            inner = scratch / out.absolute().name
-            inner.mkdir()
-            yield inner
-            os.replace(inner, out.absolute())
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with _writing(out), _quiet(), atomic_folder(out) as scratch:
+        yield scratch
 
 
 @contextmanager

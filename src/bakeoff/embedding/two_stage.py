@@ -329,14 +329,11 @@ def embed_with_gradients(model: nn.Module, texts: Sequence[str], prompt: str = "
     """
     from sentence_transformers import SentenceTransformer
 
+    from bakeoff.models import embed_batch
+
     if not isinstance(model, SentenceTransformer):
         return cast("Tensor", model([prompt + text for text in texts]))
-    features = model.preprocess(list(texts), prompt=prompt or None)
-    features = {
-        name: value.to(model.device) if isinstance(value, Tensor) else value
-        for name, value in features.items()
-    }
-    return cast("Tensor", model(features)["sentence_embedding"])
+    return embed_batch(model, texts, prompt=prompt)
 
 
 class _Lookup:

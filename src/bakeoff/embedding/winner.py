@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bakeoff._files import write_text
+from bakeoff._files import atomic_folder, write_text
 from bakeoff.embedding.baselines import (
     LastTokenPooling,
     MeanPooling,
@@ -170,21 +168,12 @@ def save_winner(model: SentenceTransformer, directory: Path, facts: Mapping[str,
     bool
         Whether the folder loads without bakeoff.
     """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
+    with atomic_folder(Path(directory)) as scratch:
         with quiet_transformers():
             model.save_pretrained(str(scratch), create_model_card=False)
         stock = not any(name.startswith("bakeoff.") for name in _module_types(scratch))
         write_text(scratch / "bakeoff.json", json.dumps(dict(facts), indent=1, default=str))
         write_text(scratch / "README.md", _readme(facts, stock))
-        scratch.chmod(0o755)
-        if directory.exists():
-            shutil.rmtree(directory)
-        scratch.rename(directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return stock
 
 

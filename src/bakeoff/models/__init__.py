@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bakeoff.models.attention import bidirectional, make_bidirectional
-    from bakeoff.models.encoding import encode
+    from bakeoff.models.encoding import embed_batch, encode
     from bakeoff.models.feature_cache import FeatureCache, Features
     from bakeoff.models.gguf import quiet_transformers
     from bakeoff.models.likelihood import Losses, option_losses, response_losses
     from bakeoff.models.loading import BaseModel, LanguageModel, load, load_language_model
     from bakeoff.models.packaged import ModelInfo, available, pull
     from bakeoff.models.states import hidden_states
-    from bakeoff.models.text_encoder import TextEncoder
+    from bakeoff.models.text_encoder import TextEncoder, load_encoder
 
 __all__ = [
     "BaseModel",
@@ -26,9 +26,11 @@ __all__ = [
     "TextEncoder",
     "available",
     "bidirectional",
+    "embed_batch",
     "encode",
     "hidden_states",
     "load",
+    "load_encoder",
     "load_language_model",
     "make_bidirectional",
     "option_losses",
@@ -48,9 +50,11 @@ _HOME = {
     "TextEncoder": "text_encoder",
     "available": "packaged",
     "bidirectional": "attention",
+    "embed_batch": "encoding",
     "encode": "encoding",
     "hidden_states": "states",
     "load": "loading",
+    "load_encoder": "text_encoder",
     "load_language_model": "loading",
     "make_bidirectional": "attention",
     "option_losses": "likelihood",

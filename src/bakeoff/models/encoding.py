@@ -32,6 +32,8 @@ _FIRST_WINDOW = 256
 _PASS_COST = 64
 # Tokens that keep one thread busy while a layer's activations stay in its cache.
 _BATCH_TOKENS = 768
+# The same with gradients, on all threads.
+_TRAINING_TOKENS = 2048
 # Python runs in one thread at a time; with more batches at once than this they would queue for it.
 _MOST_LANES = 8
 
@@ -146,6 +148,82 @@ def encode(
             model.max_seq_length,
         )
     return vectors
+
+
+def embed_batch(
+    model: SentenceTransformer,
+    texts: Sequence[Any],
+    *,
+    prompt: str | None = None,
+    output: str = "sentence_embedding",
+    one_pass: bool = False,
+) -> torch.Tensor:
+    """Return the vectors of one batch of texts, with gradients, to train a model by.
+
+    They are those of ``model(model.preprocess(texts))``, up to rounding and up to which numbers
+    dropout draws. On a CPU, short texts pass through the model without the long ones, so that
+    little is computed for padding; the gradients are those of the whole batch.
+
+    Parameters
+    ----------
+    model
+        The model; whether it is in training mode is left as it is.
+    texts
+        n of what its ``preprocess`` takes.
+    prompt
+        What precedes each text.
+    output
+        Which of the model's outputs to return.
+    one_pass
+        Whether all texts must pass together, for modules that look at the batch as a whole. Batch
+        normalisation is known to, and needs no asking.
+
+    Returns
+    -------
+    Tensor
+        ``(n, d)``; row i belongs to ``texts[i]``.
+
+    Examples
+    --------
+    >>> queries, answers = embed_batch(model, first), embed_batch(model, second)  # doctest: +SKIP
+    >>> info_nce(queries, answers).backward()  # doctest: +SKIP
+    """
+    import torch
+
+    features = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in model.preprocess(list(texts), prompt=prompt or None).items()
+    }
+    mask = features.get("attention_mask")
+    norms = torch.nn.modules.batchnorm._BatchNorm
+    if (
+        one_pass
+        or model.device.type != "cpu"
+        or not isinstance(mask, torch.Tensor)
+        or mask.shape[:1] != (len(texts),)  # a flat batch has no row per text
+        or any(isinstance(module, norms) for module in model.modules())
+    ):
+        vectors: torch.Tensor = model(features)[output]
+        return vectors
+    parts, order = [], []
+    lengths = mask.sum(dim=1).tolist()
+    for rows in token_budget_batches(lengths, _TRAINING_TOKENS):
+        chosen = torch.tensor(rows)
+        columns = mask[chosen].any(dim=0)  # padding may be on either side
+        part = {name: _part(value, mask.shape, chosen, columns) for name, value in features.items()}
+        parts.append(model(part)[output])
+        order += rows
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def _part(value: Any, padded: torch.Size, rows: torch.Tensor, columns: torch.Tensor) -> Any:
+    """Return the part of a feature that belongs to some texts of a batch."""
+    import torch
+
+    if not isinstance(value, torch.Tensor) or not value.dim() or len(value) != padded[0]:
+        return value
+    value = value[rows]
+    return value[:, columns] if value.shape[1:2] == padded[1:] else value
 
 
 def token_budget_batches(

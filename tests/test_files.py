@@ -1,0 +1,36 @@
+"""Files and folders that are written wholly or not at all."""
+
+import pytest
+
+from bakeoff._files import atomic_folder, write_text
+
+
+def test_a_folder_takes_the_place_of_another_wholly(tmp_path):
+    target = tmp_path / "there" / "model"
+    for content in ("first", "second"):
+        with atomic_folder(target) as scratch:
+            assert list(scratch.iterdir()) == []
+            write_text(scratch / f"{content}.txt", content)
+            (scratch / "inner").mkdir()
+        names = sorted(path.name for path in target.iterdir())
+        assert names == sorted([f"{content}.txt", "inner"])
+    assert list(target.parent.iterdir()) == [target]
+    assert target.stat().st_mode & 0o700 == 0o700
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_interrupted_folder_leaves_what_was_there(tmp_path, error):
+    target = tmp_path / "model"
+    with atomic_folder(target) as scratch:
+        write_text(scratch / "old.txt", "old")
+
+    def half_written(path):
+        with atomic_folder(path) as scratch:
+            write_text(scratch / "new.txt", "half")
+            raise error
+
+    for path in (target, tmp_path / "none"):
+        with pytest.raises(error):
+            half_written(path)
+        assert list(tmp_path.iterdir()) == [target]
+        assert [path.name for path in target.iterdir()] == ["old.txt"]
