@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from bakeoff.cli.main import app
 from bakeoff.cli.run import choose_designs
+from bakeoff.cli.run_embedding import question_of
 from bakeoff.embedding.problem import default_designs
 from bakeoff.errors import DataError
 
@@ -160,11 +161,16 @@ def test_every_declared_name_can_be_imported_and_every_design_run():
     import importlib
 
     from bakeoff import decoding, experts
+    from bakeoff.embedding import problem
     from bakeoff.selection.problem import annotation_designs, training_designs
 
     questions = ("order", "memory", "constrained", "cascade", "infilling")
     runs = {
-        "embedding": {design.method for design in default_designs()},
+        "embedding": {
+            design.method
+            for question in ("default", "domain_encoder", "word", "upgrade")
+            for design in getattr(problem, f"{question}_designs")()
+        },
         "selection": {design.method for design in (*annotation_designs(), *training_designs())},
         "decoding": {
             design.method
@@ -197,6 +203,7 @@ def test_every_declared_name_can_be_imported_and_every_design_run():
         "report",
         "export",
         "doctor",
+        "upgrade",
     ],
 )
 def test_every_command_has_help_with_an_example_and_json(command):
@@ -253,3 +260,18 @@ def test_design_names_with_commas_are_told_apart():
         choose_designs(known, "mean, causal,nope")
     with pytest.raises(DataError, match="empty"):
         choose_designs(known, " ")
+
+
+@pytest.mark.parametrize(
+    ("designs", "question"),
+    [
+        (None, "pooling"),
+        ("mean, causal, latent-attention", "pooling"),
+        ("domain experts, middle layer, LoRA per domain", "domains"),
+        ("raw,character n-grams", "words"),
+        ("stationary, replay", "upgrades"),
+        ("mean, causal, stationary", "pooling"),  # no question has both; pooling says so
+    ],
+)
+def test_embedding_designs_name_their_question(designs, question):
+    assert question_of(designs) == question

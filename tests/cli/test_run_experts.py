@@ -91,4 +91,4 @@ def test_what_makes_no_sense_is_said_at_once(folder, tmp_path, arguments, messag
 def test_other_families_refuse_what_is_for_experts(folder, tmp_path):
     done = CliRunner().invoke(app, ["run", "selection", "--layers", "2"])
     assert done.exit_code == 3
-    assert "--layers is for experts and adapters; leave it out" in done.output
+    assert "--layers is for embedding and experts and adapters; leave it out" in done.output

@@ -167,7 +167,7 @@ def run(
             "--question",
             help="decoding: constrained, order, memory, cascade or infilling, where the files do "
             "not say, or for default data. experts: layers (the default), upcycling or "
-            "refactoring.",
+            "refactoring. embedding: pooling (the default), domains, words or upgrades.",
         ),
     ] = None,
     grammar: Annotated[
@@ -555,6 +555,65 @@ def generate(
 
 
 @app.command()
+def upgrade(
+    new: Annotated[str, typer.Option("--new", help="The encoder that would come: name or folder.")],
+    index: Annotated[
+        Path,
+        typer.Option(
+            "--index",
+            help="What is searched: a file of texts (with ids, vectors), or a folder with one .npy "
+            "file of the old encoder's vectors and one file of texts.",
+        ),
+    ],
+    old: Annotated[
+        str | None,
+        typer.Option("--old", help="The encoder that made the index; not needed with vectors."),
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option("--queries", help="What is asked, with ids of what answers it if known."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="Which column is which, e.g. text=body. Repeatable."),
+    ] = None,
+    margin: Annotated[
+        float, typer.Option("--margin", help="Differences smaller than this do not matter.")
+    ] = 0.01,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample",
+            min=2,
+            help="Documents that are tried. Default: 2,000, or twice as many as answer a query.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Write what was found here, and the adapter if that is best."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether an index can be kept when its encoder is replaced.
+
+    Example: bakeoff upgrade --old ./encoder-1 --new ./encoder-2 --index docs.jsonl
+    """
+    from bakeoff.cli import upgrade as command
+
+    command.upgrade(
+        old,
+        new,
+        index,
+        queries=queries,
+        columns=_assignments(column or []),
+        margin=margin,
+        sample=sample,
+        out=out,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def methods(
     designs: Annotated[
         bool, typer.Option("--designs", help="List the designs that `bakeoff run` knows by name.")
@@ -589,7 +648,12 @@ def _print_designs(as_json: bool) -> None:
         memory_designs,
         order_designs,
     )
-    from bakeoff.embedding.problem import default_designs
+    from bakeoff.embedding.problem import (
+        default_designs,
+        domain_encoder_designs,
+        upgrade_designs,
+        word_designs,
+    )
     from bakeoff.experts.problem import (
         adapter_designs,
         layer_designs,
@@ -600,7 +664,10 @@ def _print_designs(as_json: bool) -> None:
     from bakeoff.study import Designs
 
     by_family: dict[str, Sequence[Design]] = {
-        "embedding": default_designs(),
+        "embedding, pooling": default_designs(),
+        "embedding, domains": domain_encoder_designs(),
+        "embedding, words": word_designs(),
+        "embedding, upgrades": upgrade_designs(),
         "selection": annotation_designs() + Designs(training_designs()[1:]),
         "decoding, order": order_designs(),
         "decoding, memory": memory_designs(),

@@ -71,8 +71,8 @@ FAMILIES_OF: dict[str, tuple[str, ...]] = {
     "grammar": ("decoding",),
     "large": ("decoding",),
     "max_new_tokens": ("decoding",),
-    "question": ("decoding", "experts"),
-    "layers": ("experts", "adapters"),
+    "question": ("embedding", "decoding", "experts"),
+    "layers": ("embedding", "experts", "adapters"),
     "match": ("experts",),
     "rank": ("adapters",),
 }

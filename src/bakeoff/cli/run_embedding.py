@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bakeoff.cli.run import Contest, Options, choose_designs, refuse, runnable
+from bakeoff.errors import DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,11 +26,26 @@ SELECTION_ONLY = (
     "number",
     "tokens",
 )
+QUESTIONS = {
+    "pooling": "",
+    "domains": "run_embedding_domains",
+    "words": "run_embedding_words",
+    "upgrades": "run_embedding_upgrades",
+}
+"""What can be asked, and the module here that knows more of it; the first is the default."""
 SIMPLEST = ("mean, causal", "mean, bidirectional")
 
 
 def contest(options: Options, console: Console) -> Contest:
-    """Read the data, load the base model, choose the designs."""
+    """Read the data, load the base model, choose the designs of one question."""
+    question = options.question or question_of(options.designs)
+    if question not in QUESTIONS:
+        raise DataError(f"--question must be one of {', '.join(QUESTIONS)}, got {question!r}")
+    if question != "pooling":
+        asked: Contest = import_module(f"bakeoff.cli.{QUESTIONS[question]}").contest(
+            options, console
+        )
+        return asked
     from bakeoff.embedding.problem import EmbeddingProblem, default_designs
 
     refuse(options, SELECTION_ONLY, "makes no difference to embedding; leave it out")
@@ -58,6 +76,24 @@ def contest(options: Options, console: Console) -> Contest:
     if options.designs is None:
         chosen = runnable(known, problem, console)
     return Contest(problem, known, chosen, SIMPLEST, contents.name, _usage)
+
+
+def question_of(designs: str | None) -> str:
+    """Return the first question that has all these designs, so that naming them is enough."""
+    from bakeoff.embedding import problem
+
+    if designs is None:
+        return "pooling"
+    for question, list_designs in {
+        "pooling": problem.default_designs,
+        "domains": problem.domain_encoder_designs,
+        "words": problem.word_designs,
+        "upgrades": problem.upgrade_designs,
+    }.items():
+        with suppress(DataError):
+            choose_designs(list_designs(), designs)
+            return question
+    return "pooling"  # which says what is wrong with them
 
 
 def _usage(destination: Path, loads_anywhere: bool) -> list[str]:

@@ -5,9 +5,21 @@ from typing import Any
 
 # Loaded on first use: each question brings its own heavy imports.
 _HOMES = {
+    "DOMAIN_ENCODER_METRICS": "domains",
+    "DomainEncoderProblem": "domains",
+    "DomainPairs": "domain_pairs",
     "EmbeddingProblem": "pooling",
+    "UPGRADE_METRICS": "upgrades",
+    "UpgradeProblem": "upgrades",
+    "WORD_METRICS": "words",
+    "WordProblem": "words",
     "compare_designs": "pooling",
     "default_designs": "pooling",
+    "default_words": "words",
+    "domain_encoder_designs": "domains",
+    "domain_pairs_default": "domain_pairs",
+    "upgrade_designs": "upgrades",
+    "word_designs": "words",
 }
 
 __all__ = list(_HOMES)
