@@ -58,11 +58,24 @@ def test_a_file_of_citations_becomes_a_contest(folder, capsys):
     assert [design.name for design in named.chosen] == ["domain experts, wrong domain", "BM25"]
 
 
-def test_a_run_leaves_a_report_and_a_winner_that_knows_domains(folder, monkeypatch):
-    monkeypatch.setitem(command.FAMILIES, "embedding", "run_embedding_domains")
-    for option in ("question", "layers"):
-        families = (*command.FAMILIES_OF[option], "embedding")
-        monkeypatch.setitem(command.FAMILIES_OF, option, families)
+def test_a_folder_of_manual_pages_is_known(folder, tmp_path, capsys):
+    for domain, section in (("man1", 1), ("man5", 5)):
+        (tmp_path / domain).mkdir()
+        for number in range(240):  # sixes that know of each other
+            words = " ".join(f"word{(number * k) % 239}" for k in range(1, 6))
+            first = number - number % 6
+            cited = ", ".join(f"page{first + k}({section})" for k in range(6))
+            (tmp_path / domain / f"page{number}.{section}").write_text(
+                f".SH NAME\npage{number} \\- {domain} {words}\n.SH SEE ALSO\n{cited}\n"
+            )
+    found = contest(options(folder, data=(tmp_path,)), Console())
+    assert found.problem.data.domains == ("commands", "files")
+    assert "Manual pages: 480 pages" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(DataError, match="--column makes no difference to the manual pages"):
+        contest(options(folder, data=(tmp_path,), columns={"text": "x"}), Console())
+
+
+def test_a_run_leaves_a_report_and_a_winner_that_knows_domains(folder):
     out = folder / "out"
     command.run(
         "embedding",

@@ -530,9 +530,9 @@ SOURCES = {
 @pytest.fixture
 def small_library(monkeypatch):
     monkeypatch.setattr("bakeoff.data.embedded.standard_library_modules", lambda: SOURCES)
-    standard_library_graph.cache_clear()
+    citation_graphs._standard_library.cache_clear()
     yield
-    standard_library_graph.cache_clear()
+    citation_graphs._standard_library.cache_clear()
 
 
 @pytest.mark.usefixtures("small_library")
@@ -555,7 +555,7 @@ def test_names_in_a_function_are_resolved():
 
 @pytest.mark.usefixtures("small_library")
 def test_areas_of_the_library_are_read_by_themselves():
-    graph = standard_library_graph(areas=("text and data formats",))
+    graph = standard_library_graph(areas=["text and data formats"])
     assert list(graph.texts) == ["json.loads"]
     with pytest.raises(DataError, match="unknown area 'poetry'; there are 'text and data formats'"):
         standard_library_graph(areas=("poetry",))

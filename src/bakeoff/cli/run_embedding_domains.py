@@ -64,6 +64,8 @@ def _pairs(options: Options, console: Console) -> DomainPairs:
         return domain_pairs_default(options.size)
     if len(options.data) > 1:
         raise DataError(f"--data takes one file with a document a row, got {len(options.data)}")
+    from bakeoff.data.manual_pages import is_manual, manual_pages
+
     path = Path(options.data[0]).expanduser()
     if is_package_index(path):
         from bakeoff.data.citation_graphs import debian_packages
@@ -71,6 +73,10 @@ def _pairs(options: Options, console: Console) -> DomainPairs:
         if options.columns:
             raise DataError(f"--column makes no difference to Debian's index {path.name}")
         graph = debian_packages(path)
+    elif is_manual(path):
+        if options.columns:
+            raise DataError(f"--column makes no difference to the manual pages in {path}")
+        graph = manual_pages(path)
     else:
         from bakeoff.data.citations import read_citations
 

@@ -260,9 +260,8 @@ _OTHER_AREA = "language and tools"
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-@lru_cache(maxsize=1)
 def standard_library_graph(
-    *, min_words: int = 4, areas: tuple[str, ...] | None = None
+    *, min_words: int = 4, areas: Iterable[str] | None = None
 ) -> CitationGraph:
     """Return the running Python's standard library as a graph: what a function uses, it cites.
 
@@ -290,10 +289,16 @@ def standard_library_graph(
     Modules that import modules give the same kind of graph (`standard_library_imports`), but a few
     hundred documents are too few to train on.
     """
+    chosen = None if areas is None else tuple([areas] if isinstance(areas, str) else areas)
     known = (*_AREAS, _OTHER_AREA)
-    unknown = [area for area in areas or () if area not in known]
+    unknown = [area for area in chosen or () if area not in known]
     if unknown:
         raise DataError(f"unknown area {unknown[0]!r}; there are {listed(known)}")
+    return _standard_library(min_words, chosen)
+
+
+@lru_cache(maxsize=1)
+def _standard_library(min_words: int, areas: tuple[str, ...] | None) -> CitationGraph:
     modules = _parsed_modules(areas)
     definitions: dict[str, _Definition] = {}
     for module, (tree, _) in modules.items():

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from bakeoff._files import atomic_folder, build_once, cache_directory, write_text
 from bakeoff.data.splits import normalise, position, sample
 from bakeoff.errors import BakeoffError, DataError
+from bakeoff.models.gguf import quiet_transformers
 from bakeoff.models.text_encoder import TextEncoder
 from bakeoff.study import Design, Designs, Metric, Trial, Work
 from bakeoff.study.checks import check_method, check_parameters
@@ -45,15 +46,15 @@ Units = NDArray[np.float64]
 Scores = dict[str, dict[str, Units]]
 
 UPGRADE_METRICS: dict[str, Metric] = {
-    "old_index": Metric("newest queries on the oldest index (MRR@10)", margin=0.02),
+    "old_index": Metric("MRR@10 of the newest queries in the oldest index", margin=0.02),
     "old_index_identification": Metric(
-        "newest queries on the oldest index (nearest class template)", margin=0.02
+        "nearest class template of the newest queries in the oldest index", margin=0.02
     ),
-    "self_test": Metric("newest queries on the newest index (MRR@10)", margin=0.02),
+    "self_test": Metric("MRR@10 of the newest queries in the newest index", margin=0.02),
     "average_accuracy": Metric(
-        "mean over all versions and older indexes (nearest class template)", margin=0.02
+        "nearest class template over all versions and older indexes", margin=0.02
     ),
-    "average_compatibility": Metric("pairs of versions that are compatible (AC)", margin=0.05),
+    "average_compatibility": Metric("share of compatible pairs of versions (AC)", margin=0.05),
 }
 """By name; the unit is a query, for the last one a pair of versions."""
 
@@ -1265,7 +1266,8 @@ def _save_encoder(like: SentenceTransformer, modules: list[Any], folder: Path) -
         similarity_fn_name="cosine",
         device="cpu",
     )
-    model.save(str(folder), create_model_card=False)
+    with quiet_transformers():
+        model.save(str(folder), create_model_card=False)
 
 
 def _folder_name(number: int, name: str) -> str:
