@@ -1,4 +1,4 @@
-"""Text to vector: pooling, attention masks, contrastive training."""
+"""Text to vector: pooling and attention, domains, words of many languages, upgrades."""
 
 from importlib import import_module
 from typing import Any
