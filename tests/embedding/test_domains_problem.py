@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tests.embedding.tiny_domains import (
     problem,
     save_decoder,
     save_encoder,
+    write_graph,
 )
 
 from bakeoff.data.citations import CitationGraph, LabelledPairs
@@ -628,3 +630,26 @@ def test_steps_are_shared_out_by_weight(total, weights):
 def test_folder_names():
     assert folder_name("a b", ["a b", "c"]) == "a-b"
     assert folder_name("base", ["base", "c"]) == "1-base"
+
+
+def test_the_code_on_the_method_page_runs(encoder, tmp_path, monkeypatch):
+    made = graph()
+    areas = {"cats": "network", "dogs": "numbers and types"}
+    domains = {key: areas[domain] for key, domain in made.domains.items()}
+    library = replace(made, domains=domains)
+    monkeypatch.setattr("bakeoff.data.citation_graphs.standard_library_graph", lambda: library)
+    monkeypatch.chdir(tmp_path)
+    write_graph(tmp_path / "papers.jsonl")
+    page = Path(__file__).parents[2] / "docs/methods/cocitation-experts.md"
+    blocks = [part.split("```")[0] for part in page.read_text("utf-8").split("```python\n")[1:]]
+    assert len(blocks) == 3
+    for block in blocks:
+        small = block.replace("PATH_OR_HUB_ID", str(encoder))
+        small = (
+            small.replace("steps=1000", "steps=2")
+            .replace("seeds=3", "seeds=2")
+            .replace("batch_size=32", "batch_size=4")
+        )
+        names = {}
+        exec(small, names)
+    assert {design["name"] for design in names["results"]["designs"]} >= {"domain experts"}

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bakeoff._files import build_once, cache_directory, write_text
+from bakeoff._files import atomic_folder, build_once, cache_directory, write_text
 from bakeoff.data.citations import LabelledPairs
 from bakeoff.data.formats import count
 from bakeoff.data.tasks import TextPairs
@@ -904,9 +903,7 @@ class DomainEncoderProblem:
             Whether the folder loads without bakeoff.
         """
         domains = self.data.domains
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
-        try:
+        with atomic_folder(destination) as scratch:
             if design.method in _SEPARATE:
                 folders = {domain: folder_name(domain, domains) for domain in domains}
                 for folder in folders.values():
@@ -941,12 +938,6 @@ class DomainEncoderProblem:
             ]
             text = "\n\n".join(part for part in parts if part) + "\n"
             write_text(scratch / "README.md", text)
-            scratch.chmod(0o755)
-            if destination.exists():
-                shutil.rmtree(destination)
-            scratch.rename(destination)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         return stock
 
     def usage(self, destination: Path) -> list[str]:
