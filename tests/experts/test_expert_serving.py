@@ -466,6 +466,57 @@ def test_experts_from_disk_never_change_outputs(tmp_path, kind, prefetch):
 
 
 @pytest.mark.parametrize("prefetch", [False, True])
+@pytest.mark.parametrize("at", range(1, 12, 2))
+def test_a_read_that_failed_leaves_nothing_wrong_behind(tmp_path, monkeypatch, prefetch, at):
+    model = packed()
+    expected = alone(model)
+    experts = OffloadedExperts(model, tmp_path, lambda: LRUCache(2), prefetch=prefetch)
+    engine = ServingEngine(model, ExpertBatcher(6), experts=experts)
+    read, count = experts.store.read, itertools.count()
+
+    def fails_once(*args):
+        if next(count) == at:
+            raise OSError("the disk is away")
+        return read(*args)
+
+    monkeypatch.setattr(experts.store, "read", fails_once)
+    with pytest.raises(OSError, match="the disk is away"):
+        engine.run(PROMPTS, NEW)
+    assert alone(model) == expected
+    assert engine.run(PROMPTS, NEW).outputs == expected
+    for held, cache in zip(experts._held, experts.caches, strict=True):
+        assert held.keys() == cache.held
+
+
+@pytest.mark.parametrize("announced", [(0, 1), (2, 3), (1,), ()])
+def test_announcing_other_experts_than_are_run_costs_reads_only(tmp_path, announced):
+    model = packed()
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        expected = [model(ids, expert_ids=expert).logits for expert in range(4)]
+        experts = OffloadedExperts(model, tmp_path, lambda: LRUCache(2))
+        for expert in range(4):
+            experts.expect(announced)
+            got = model(ids, expert_ids=expert).logits
+            torch.testing.assert_close(got, expected[expert], rtol=0, atol=0)
+
+
+def test_a_model_without_its_experts_is_not_saved(tmp_path):
+    model = packed()
+    counted = model.count_parameters()
+    experts = OffloadedExperts(model, tmp_path / "experts", lambda: LRUCache(1))
+    for refused in (lambda: model.save_pretrained(tmp_path / "model"), model.count_parameters):
+        with pytest.raises(ModelError, match=r"experts are on disk .*restore\(\)"):
+            refused()
+    assert not (tmp_path / "model").exists()
+    experts.restore()
+    assert model.count_parameters() == counted
+    model.save_pretrained(tmp_path / "model")
+    again = type(model).from_pretrained(tmp_path / "model").eval()
+    assert alone(again) == alone(model)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize("cache", [LRUCache, BeladyCache])
 @pytest.mark.parametrize("batcher", [ExpertBatcher, ArrivalBatcher])
 def test_the_simulation_counts_what_the_engine_does(tmp_path, prefetch, cache, batcher):
@@ -512,6 +563,29 @@ def test_the_engine_can_be_used_again_and_drops_what_is_finished():
     assert len(engine._owner) == 0
     assert engine._cache.get_seq_length() == 0
     assert engine.run(PROMPTS[::-1], NEW[::-1]).outputs == first.outputs[::-1]
+
+
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_the_engine_can_be_used_after_an_interruption(monkeypatch, at):
+    model = packed()
+    expected = alone(model)
+    engine = ServingEngine(model, ArrivalBatcher(6))
+    step, count = engine._step, itertools.count(1)
+
+    def interrupted(batch):
+        found = step(batch)
+        if next(count) == at:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(engine, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(PROMPTS, NEW)
+    assert engine.run(PROMPTS, NEW).outputs == expected
+    busy = ExpertBatcher(4)
+    busy.add("mine", [0])
+    with pytest.raises(DataError, match="batcher must be empty"):
+        ServingEngine(model, busy)
 
 
 @pytest.mark.parametrize("cold", [False, True])

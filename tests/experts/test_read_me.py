@@ -7,6 +7,7 @@ import copy
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -31,6 +33,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from bakeoff.errors import DataError, ModelError
 from bakeoff.experts import read_me
@@ -309,6 +312,13 @@ def test_statistics_stop_leave_no_trace_and_can_be_saved(tmp_path):
     assert calls == [(1, 2), (2, 2)]
     assert not any(module._forward_pre_hooks for module in model.modules())
     torch.testing.assert_close(model(IDS).logits, before, rtol=0, atol=0)
+    texts = {"a": ["1 2 3 4 5 6", "7 8 9 1", "2", "3", "4"], "b": ["5 6", "7"]}
+    some = collect_channel_stats(
+        model, texts, tokenizer=Words(), max_tokens=8, batch_size=2
+    )  # the first texts, not the shortest
+    assert some.n_tokens == (10, 3)
+    expected = brute_force_means(model, [[1, 2, 3, 4, 5, 6], [7, 8, 9, 1]])
+    torch.testing.assert_close(some.means[1][0], expected[1], rtol=1e-4, atol=1e-6)
     stats.save(tmp_path / "stats.safetensors")
     again = ChannelStats.load(tmp_path / "stats.safetensors")
     assert again.domains == stats.domains
@@ -398,6 +408,26 @@ def test_packed_experts_answer_as_masked_ones(kind, fuse):
     assert after.dense == counted.dense == sum(p.numel() for p in dense(kind).parameters())
 
 
+class Louder(LlamaMLP):
+    def forward(self, x):
+        return 1.05 * super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_does_more_is_not_packed(dtype):
+    model = dense()
+    model.model.layers[2].mlp = Louder(model.config)
+    masks = masks_for(model)
+    model = moefy(model.to(dtype), masks).eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        with pytest.raises(ModelError, match="layer 2: Louder does more than its projections"):
+            model.pack()
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=0)
+    assert model.masks.n_experts == 3
+    assert moefy(dense().to(dtype), masks).pack().config.form == "packed"
+
+
 def test_active_parameters_are_those_of_one_expert():
     model = refactored()
     router = sum(p.numel() for p in model.router.parameters())
@@ -413,6 +443,21 @@ def test_dense_mode_and_the_model_inside_stay_dense():
     torch.testing.assert_close(model(IDS, dense=True).logits, expected, rtol=0, atol=0)
     torch.testing.assert_close(model.language_model(IDS).logits, expected, rtol=0, atol=0)
     assert not torch.allclose(model(IDS).logits, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_deep_copy_is_a_model_of_its_own(packed):
+    model = refactored()
+    model = model.pack() if packed else model
+    with torch.no_grad():
+        expected = model(IDS).logits
+        twin = copy.deepcopy(model)
+        for number in range(3):
+            if not packed:
+                model.expert_masks[number].fill_(True)
+        for parameter in model.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(twin(IDS).logits, expected, rtol=0, atol=0)
 
 
 def test_experts_can_have_different_sizes():
@@ -513,6 +558,14 @@ def test_router_is_causal_and_padding_changes_nothing(n_layers):
         padded = router(functional.pad(IDS, (left, right), value=7), mask)
         torch.testing.assert_close(padded[:, left : left + 12], logits, rtol=1e-4, atol=1e-5)
         assert padded.isfinite().all()
+
+
+def test_routes_are_the_same_under_autocast():
+    model = refactored()
+    expected = model.route(IDS).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(IDS).logits.dtype == torch.bfloat16
+        torch.testing.assert_close(model.route(IDS).logits, expected, rtol=0, atol=0)
 
 
 def test_router_without_attention_sees_one_token():
@@ -818,15 +871,54 @@ def test_accumulated_batches_are_one_large_batch():
         assert parts == pytest.approx(whole, rel=1e-4)
 
 
-def test_gradient_checkpointing_routes_the_second_run_too():
+def checkpointed(model):
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("when", ["before", "after", "inside"])
+def test_gradient_checkpointing_repeats_a_layer_with_its_own_plan(packed, when):
     gradients = []
-    for checkpoint in (False, True):
-        model = refactored().train()
-        if checkpoint:
-            model.gradient_checkpointing_enable()
-        model(IDS, labels=IDS, use_cache=False).loss.backward()
-        gradients.append(model.language_model.model.layers[0].mlp.up_proj.weight.grad)
-    torch.testing.assert_close(*gradients)
+    for checkpoint_it in (False, True):
+        model = dense()
+        if checkpoint_it and when == "before":
+            checkpointed(model)
+        model = moefy(model, masks_for(model)).train()
+        model = model.pack() if packed else model
+        if checkpoint_it and when != "before":
+            checkpointed(model if when == "after" else model.language_model)
+        # What runs between a forward and its backward pass has another plan, or none.
+        losses = [
+            model(IDS, labels=IDS, use_cache=False, expert_ids=expert).loss for expert in (0, 2)
+        ]
+        with torch.no_grad():
+            model(IDS, use_cache=False)
+        sum(losses).backward()
+        gradients.append(model.language_model.model.layers[0].mlp)
+    for first, second in zip(*(mlp.named_parameters() for mlp in gradients), strict=True):
+        torch.testing.assert_close(first[1].grad, second[1].grad)
+
+
+def test_gradient_checkpointing_leaves_no_plan_behind():
+    histories, logits = [], []
+    for checkpoint_it in (False, True):
+        model = refactored()
+        if checkpoint_it:
+            checkpointed(model)
+        histories.append(
+            tune(model, IDS, rounds=2, router_steps=2, expert_steps=2, router_batch=3,
+                 expert_batch=3, router_rate=1e-2, expert_rate=1e-2)
+        )  # fmt: skip
+        with torch.no_grad():
+            logits.append(model.language_model(IDS).logits)
+            torch.testing.assert_close(logits[-1], model(IDS, dense=True).logits, rtol=0, atol=0)
+    for first, second in zip(*histories, strict=True):
+        assert first.router_losses == pytest.approx(second.router_losses, rel=1e-5)
+        assert first.expert_losses == pytest.approx(second.expert_losses, rel=1e-5)
+    torch.testing.assert_close(*logits)
 
 
 def test_rounds_alternate_and_rates_fall(monkeypatch):
@@ -990,6 +1082,13 @@ def test_bad_training():
     model = refactored()
     with pytest.raises(DataError, match="ran out after 1 batches"):
         tune_router(model, iter([IDS]), steps=3)
+    for empty in (IDS[:0], IDS[:, :0]):
+        with pytest.raises(DataError, match="data must hold at least one token"):
+            tune_experts(model, empty, steps=1)
+    with pytest.raises(DataError, match="attention_mask must hold 0 and 1 only"):
+        tune_experts(model, [(IDS, IDS)], steps=1)  # ids and labels
+    with pytest.raises(DataError, match="texts must come as a list"):
+        tune_router(model, iter(["1 2 3"]), steps=1)
     with pytest.raises(DataError, match="steps, batch_size and accumulation"):
         tune_router(model, IDS, steps=0)
     with pytest.raises(DataError, match="learning_rate must be positive"):
@@ -1016,8 +1115,18 @@ def test_bad_training():
 
 def test_other_files_are_not_statistics(tmp_path):
     refactored().save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="not written by ChannelStats"):
-        ChannelStats.load(tmp_path / "model.safetensors")
+    (tmp_path / "text.safetensors").write_text("no statistics at all")
+    for name in ("model", "text"):
+        with pytest.raises(DataError, match="not written by ChannelStats"):
+            ChannelStats.load(tmp_path / f"{name}.safetensors")
+
+
+def test_channels_that_are_not_finite_are_no_statistics():
+    model = dense()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3].fill_(torch.inf)
+    with pytest.raises(DataError, match=r"domain 'a': channels of layer 1 are not finite"):
+        collect_channel_stats(model, {"a": IDS, "b": IDS})
 
 
 # A real model -------------------------------------------------------------------------------------

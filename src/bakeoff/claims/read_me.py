@@ -5,11 +5,13 @@ and is then the dense decoder that all designs begin with. Half of its feed-forw
 kept per token. Rules and rates are the paper's (channels by their mean size, a fifth of the tokens
 for the router and the rest for the experts in eight rounds, the official routing loss, the
 experts' rate a sixth of the peak of the decoder's own training, the router's ten times that); how
-many tokens are read was set by the time that it takes. Designs that are tuned read as many tokens
-in one order. The paper refactors a decoder of 7 billion weights that had read 2 trillion tokens and
-tunes it on 1 billion: a claim that fails here says what so small a decoder does not show, not that
-the paper is wrong. The full size refactors SmolLM2-135M instead, at the paper's own rates; a narrow
-decoder from scratch has no counterpart there, since what that model was trained on is not at hand.
+many tokens are read was set by the time that it takes. Designs that are tuned read one order of
+texts: all of the tokens, where router and experts are tuned or there is no router; the experts'
+four fifths or the router's fifth, where only they are. The paper refactors a decoder of 7 billion
+weights that had read 2 trillion tokens and tunes it on 1 billion: a claim that fails here says what
+so small a decoder does not show, not that the paper is wrong. The full size refactors SmolLM2-135M
+instead, at the paper's own rates; a narrow decoder from scratch has no counterpart there, since
+what that model was trained on is not at hand.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -101,6 +101,10 @@ class ExpertCache(ABC):
     def reset(self) -> None:
         """Forget everything."""
         self._held.clear()
+
+    def forget(self, expert: int) -> None:
+        """Take an expert out, such as one that could not be read; one not there is no error."""
+        self._held.pop(expert, None)
 
     def request(
         self, expert: int, future: Sequence[int] = (), pinned: Collection[int] = ()
@@ -359,6 +363,11 @@ class Batcher(ABC):
     def n_pending(self) -> int:
         """Tokens that wait."""
         return sum(run[1] for waiting in self._waiting.values() for run in waiting.runs)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no request is known."""
+        return not self._waiting
 
     def add(self, request: Hashable, expert_ids: ArrayLike) -> None:
         """Queue tokens: a new request's prompt, or what a known request generated.
@@ -771,7 +780,7 @@ def simulate_serving(
     """
     if not requests:
         raise DataError("requests are empty")
-    if batcher.n_pending or batcher._waiting:
+    if not batcher.is_empty:
         raise DataError("batcher must be empty")
     if lookahead < 0:
         raise DataError(f"lookahead must be at least 0, got {lookahead}")
@@ -1010,17 +1019,19 @@ class OffloadedExperts:
         for modules in self._shapes:
             modules.to("meta")
         self._reader = ThreadPoolExecutor(1, "experts") if prefetch else None
+        # By layer: which experts are being read ahead.
+        self._ahead: dict[int, tuple[frozenset[int], Future[None]]] = {}
         self.replace_cache(cache)
 
     def replace_cache(self, cache: Callable[[], ExpertCache]) -> None:
         """Start with empty caches, and counts of zero."""
+        self._await()
         self.caches = [cache() for _ in self._layers]
         self._counts = [[0, 0] for _ in self._layers]
         self.read_seconds: list[float] = []
         self._held: list[dict[int, dict[str, Tensor]]] = [{} for _ in self._layers]
         self._ready: list[dict[int, None]] = [{} for _ in self._layers]
         self._order: list[list[int]] = [[] for _ in self._layers]
-        self._ahead: dict[int, Future[None]] = {}
 
     @property
     def hits(self) -> int:
@@ -1034,6 +1045,7 @@ class OffloadedExperts:
 
     def restore(self) -> None:
         """Put all experts back into the model; this object is of no use afterwards."""
+        self._await()
         for number, (layer, modules) in enumerate(zip(self._layers, self._shapes, strict=True)):
             for expert, module in enumerate(modules):
                 module.to_empty(device=self.device)
@@ -1045,18 +1057,30 @@ class OffloadedExperts:
 
     def expect(self, experts: Sequence[int], future: Sequence[int] = ()) -> None:
         """Announce the next forward pass: start on its first layer, and say what comes after."""
+        self._await()  # what an interrupted pass has left
         self.future = future
-        if self._reader is not None:
-            self._ahead[0] = self._reader.submit(self._fetch, 0, tuple(experts))
+        self._read_ahead(0, experts)
+
+    def _read_ahead(self, number: int, experts: Sequence[int]) -> None:
+        if self._reader is not None and number < len(self._layers):
+            reading = self._reader.submit(self._fetch, number, tuple(experts))
+            self._ahead[number] = (frozenset(experts), reading)
+
+    def _await(self) -> None:
+        """Forget what was announced, once nothing is being read any more."""
+        announced = [future for _, future in self._ahead.values()]
+        self._ahead.clear()
+        wait(announced)
 
     def _enter(self, number: int, experts: Sequence[int]) -> list[int]:
-        ahead = self._ahead.pop(number, None)
-        if ahead is not None:
-            ahead.result()
+        announced = self._ahead.get(number)
+        if announced is not None and announced[0] == set(experts):
+            del self._ahead[number]
+            announced[1].result()
         elif self._reader is not None:
+            self._await()
             self._fetch(number, experts)
-        if self._reader is not None and number + 1 < len(self._layers):
-            self._ahead[number + 1] = self._reader.submit(self._fetch, number + 1, tuple(experts))
+        self._read_ahead(number + 1, experts)
         ready = self._ready[number]
         held = self.caches[number].held
         order = sorted(experts, key=lambda e: (e not in ready, e not in held, e))
@@ -1083,7 +1107,11 @@ class OffloadedExperts:
         if gone >= 0:
             del self._held[number][gone]
         start = time.perf_counter()
-        self._held[number][expert] = self.store.read(number, expert, self.device)
+        try:
+            self._held[number][expert] = self.store.read(number, expert, self.device)
+        except BaseException:
+            self.caches[number].forget(expert)
+            raise
         self.read_seconds.append(time.perf_counter() - start)
 
     def _weights(self, number: int, expert: int) -> dict[str, Tensor]:
@@ -1130,6 +1158,8 @@ class ServingEngine:
 
     Raises
     ------
+    bakeoff.errors.DataError
+        If the batcher is not empty.
     bakeoff.errors.ModelError
         If the model's attention takes no masks (only ``"sdpa"`` and ``"eager"`` do).
 
@@ -1150,9 +1180,6 @@ class ServingEngine:
         lookahead: int = 8,
         eos_token_id: int | None = None,
     ) -> None:
-        import torch
-        from transformers import DynamicCache
-
         self.model, self.batcher, self.experts = model, batcher, experts
         self.lookahead, self.eos_token_id = lookahead, eos_token_id
         self._text = model.config.text_config.get_text_config()
@@ -1163,7 +1190,20 @@ class ServingEngine:
             )
         self._device = model.router.head.weight.device
         self._live: dict[int, _Live] = {}
+        self._start()
+
+    def _start(self) -> None:
+        """Begin with nothing, also after a run that was interrupted."""
+        import torch
+        from transformers import DynamicCache
+
+        for number in self._live:
+            self.batcher.finish(number)
+        self._live.clear()
+        if not self.batcher.is_empty:
+            raise DataError("batcher must be empty")
         self._cache = DynamicCache()
+        # Of each token in the cache: its request, and its place in that request's text.
         self._owner = torch.empty(0, dtype=torch.long, device=self._device)
         self._place = torch.empty(0, dtype=torch.long, device=self._device)
         self._dead: set[int] = set()
@@ -1193,7 +1233,8 @@ class ServingEngine:
         Raises
         ------
         bakeoff.errors.DataError
-            If a prompt is empty, lengths disagree, or numbers are out of range.
+            If a prompt is empty, lengths disagree, numbers are out of range, or something else
+            uses the batcher.
         """
         import torch
 
@@ -1215,6 +1256,7 @@ class ServingEngine:
                     f"finite arrival are needed, got {len(prompt)}, {new[number]} and "
                     f"{times[number]}"
                 )
+        self._start()
         arriving = deque(sorted(range(len(prompts)), key=lambda i: times[i]))
         first, last = np.zeros(len(prompts)), np.zeros(len(prompts))
         outputs: list[tuple[int, ...]] = [()] * len(prompts)
@@ -1417,6 +1459,8 @@ def measure_costs(
     import torch
     from scipy.optimize import nnls
 
+    from bakeoff.experts.read_me import _evaluating
+
     layers = packed_layers(model)
     if not len(layers[0].experts):
         raise ModelError("measure_costs needs a model with its experts in memory")
@@ -1436,9 +1480,7 @@ def measure_costs(
         return min(times)
 
     rows, seconds, routing = [], [], []
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(model):
         for size in sorted(set(n_tokens)):
             ids = (torch.arange(size, device=device) * 7 % model.router.vocab_size)[None]
             routing.append(fastest(lambda ids=ids: model.route(ids)) / size)  # type: ignore[misc]
@@ -1455,7 +1497,6 @@ def measure_costs(
                     )
                     / len(layers)
                 )
-    model.train(was_training)
     weights = 1 / np.array(seconds)
     fitted, _ = nnls(np.array(rows) * weights[:, None], np.ones(len(seconds)))
     reads = []

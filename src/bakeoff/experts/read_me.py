@@ -6,11 +6,13 @@ done with plans that are known ahead (batching, prefetching, caching) is in `exp
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -197,11 +199,19 @@ def _checked_batch(item: Any, what: str) -> tuple[Tensor, Tensor | None]:
         ids, mask = item, None
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
         shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise DataError(f"{what}: a batch must hold integer token ids (B, T), got {shape}")
+        raise DataError(
+            f"{what}: a batch must hold integer token ids (B, T), got {shape}"
+            + (" (texts must come as a list)" if isinstance(ids, str) else "")
+        )
     if mask is not None and mask.shape != ids.shape:
         raise DataError(
             f"{what}: attention_mask must have the shape of the ids, {tuple(ids.shape)}, got "
             f"{tuple(mask.shape)}"
+        )
+    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+        raise DataError(
+            f"{what}: attention_mask must hold 0 and 1 only; a batch is token ids, (ids, mask), or "
+            "a mapping with input_ids"
         )
     return ids, mask
 
@@ -219,14 +229,14 @@ def _evaluation_batches(
     elif _is_texts(data):
         if tokenizer is None:
             raise DataError(f"{what} is a list of texts, which needs a tokenizer")
-        encoded = [
+        # In the order given: who stops early has seen the first texts, not the shortest.
+        encoded = (
             tokenizer(text, truncation=True, max_length=sequence_length)["input_ids"]
             for text in data
-        ]
-        rows = sorted((row for row in encoded if row), key=len)
-        for start in range(0, len(rows), batch_size):
-            part = rows[start : start + batch_size]
-            mask = torch.zeros(len(part), len(part[-1]), dtype=torch.long)
+        )
+        rows = (row for row in encoded if row)
+        while part := list(islice(rows, batch_size)):
+            mask = torch.zeros(len(part), max(map(len, part)), dtype=torch.long)
             ids = torch.zeros_like(mask)
             for number, row in enumerate(part):
                 ids[number, : len(row)] = torch.tensor(row)
@@ -248,6 +258,8 @@ def _training_batches(
         data = pack_texts(tokenizer, data, sequence_length)
     if isinstance(data, Tensor):
         ids, _ = _checked_batch(data, "data")
+        if not ids.numel():
+            raise DataError(f"data must hold at least one token, got {tuple(ids.shape)}")
         generator = torch.Generator().manual_seed(seed)
         queue = torch.empty(0, dtype=torch.long)
         while True:
@@ -308,14 +320,14 @@ class ChannelStats:
         bakeoff.errors.DataError
             If it is some other file.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            if "channel_stats" not in metadata:
-                raise DataError(f"{path} was not written by ChannelStats.save")
-            about = json.loads(metadata["channel_stats"])
-            means = [file.get_tensor(f"layer.{i}") for i in range(len(list(file.keys())))]
+        try:
+            with safe_open(str(path), "pt") as file:
+                about = json.loads((file.metadata() or {})["channel_stats"])
+                means = [file.get_tensor(f"layer.{i}") for i in range(len(list(file.keys())))]
+        except (SafetensorError, KeyError) as error:
+            raise DataError(f"{path} was not written by ChannelStats.save") from error
         return cls(tuple(about["domains"]), tuple(means), tuple(about["n_tokens"]))
 
 
@@ -356,7 +368,7 @@ def collect_channel_stats(
     Raises
     ------
     bakeoff.errors.DataError
-        For fewer than two domains, or one without a token.
+        For fewer than two domains, one without a token, or channels that are not finite.
     bakeoff.errors.ModelError
         If a layer has no gated feed-forward module.
 
@@ -405,7 +417,13 @@ def collect_channel_stats(
         if count == 0:
             raise DataError(f"domain {name!r} holds no token")
         n_tokens.append(count)
-        for own, total in zip(means, sums, strict=True):
+        for number, (own, total) in enumerate(zip(means, sums, strict=True)):
+            if not bool(total.isfinite().all()):
+                raise DataError(
+                    f"domain {name!r}: channels of layer {number} are not finite, so that the "
+                    f"largest are not known; weights are {found[number].down.weight.dtype}, try "
+                    "float32"
+                )
             own.append((total / count).float())
         if progress is not None:
             progress(done + 1, len(domains))
@@ -681,7 +699,7 @@ class PreGatingRouter(nn.Module):
         attention_mask: Tensor | None = None,
         cache: RouterCache | None = None,
     ) -> Tensor:
-        """Return logits ``(B, T, N)`` float32 for token ids ``(B, T)``.
+        """Return logits ``(B, T, N)`` float32 for token ids ``(B, T)``, also under autocast.
 
         Parameters
         ----------
@@ -692,6 +710,12 @@ class PreGatingRouter(nn.Module):
         cache
             Extended in place.
         """
+        with torch.autocast(input_ids.device.type, enabled=False):
+            return self._logits(input_ids, attention_mask, cache)
+
+    def _logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: RouterCache | None
+    ) -> Tensor:
         n_new = input_ids.shape[1]
         past = 0 if cache is None else cache.length
         mask = None if attention_mask is None else attention_mask.bool()
@@ -900,6 +924,27 @@ class _Dispatch:
         return self._groups
 
 
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Gradient checkpointing under whose second run a layer sees the plan of its first."""
+
+    run: Callable[..., Any]
+    dispatch: _Dispatch
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self.run(partial(self._again, function, self.dispatch.ids), *args)
+
+    def _again(self, function: Callable[..., Any], ids: Tensor | None, *args: Any) -> Any:
+        before = self.dispatch.ids
+        if before is ids:
+            return function(*args)
+        self.dispatch.set(ids)
+        try:
+            return function(*args)
+        finally:
+            self.dispatch.set(before)
+
+
 class _BufferList(nn.Module):
     """Each layer's mask ``(N, D)``."""
 
@@ -914,6 +959,25 @@ class _BufferList(nn.Module):
 
     def __len__(self) -> int:
         return len(self._buffers)
+
+
+def _mask_channels(
+    dispatch: _Dispatch, masks: _BufferList, number: int, _: nn.Module, args: tuple[Any, ...]
+) -> Any:
+    """Set what enters a down projection to zero where its token's expert has no channel."""
+    ids = dispatch.ids
+    if ids is None:
+        return None
+    states: Tensor = args[0]
+    mask = masks[number]
+    # The last row is for padding, whose id is -1: the permanent channels.
+    table = torch.cat([mask, mask.all(0, keepdim=True)]).to(states.dtype)
+    rows = torch.where(ids < 0, len(mask), ids)
+    if states.shape[:-1].numel() != len(rows):
+        raise DataError(
+            f"expert_ids cover {len(rows)} tokens, the layer got {states.shape[:-1].numel()}"
+        )
+    return (states * table[rows].view(states.shape), *args[1:])
 
 
 class Expert(nn.Module):
@@ -1088,7 +1152,9 @@ class ReadMeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             )
             self.expert_masks = _BufferList(given)
             for number, part in enumerate(parts):
-                part.down.register_forward_pre_hook(self._masking(number))
+                # No closure: a deep copy of the model has to look at its own plan and masks.
+                hook = partial(_mask_channels, self._dispatch, self.expert_masks, number)
+                part.down.register_forward_pre_hook(hook)
         else:
             for part, sizes in zip(parts, config.sizes, strict=True):
                 packed = PackedExperts(
@@ -1105,25 +1171,6 @@ class ReadMeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 module._is_hf_initialized = True
         self.post_init()
 
-    def _masking(self, number: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> Any:
-            ids = self._dispatch.ids
-            if ids is None:
-                return None
-            states: Tensor = args[0]
-            masks = self.expert_masks[number]
-            # The last row is for padding, whose id is -1: the permanent channels.
-            table = torch.cat([masks, masks.all(0, keepdim=True)]).to(states.dtype)
-            rows = torch.where(ids < 0, len(masks), ids)
-            if states.shape[:-1].numel() != len(rows):
-                raise DataError(
-                    f"expert_ids cover {len(rows)} tokens, the layer got "
-                    f"{states.shape[:-1].numel()}"
-                )
-            return (states * table[rows].view(states.shape), *args[1:])
-
-        return hook
-
     def get_input_embeddings(self) -> Any:
         """Return the decoder's input embedding."""
         return self.language_model.get_input_embeddings()
@@ -1135,6 +1182,19 @@ class ReadMeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def get_output_embeddings(self) -> Any:
         """Return the decoder's head."""
         return self.language_model.get_output_embeddings()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does; raise `ModelError` while experts are in files of their own."""
+        self._check_whole()
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _check_whole(self) -> None:
+        layers = [module for module in self.modules() if isinstance(module, PackedExperts)]
+        if any(layer.provider is not None for layer in layers):
+            raise ModelError(
+                "the model's experts are on disk and not in the model: call "
+                "OffloadedExperts.restore() first"
+            )
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -1249,6 +1309,8 @@ class ReadMeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             chosen = self._chosen(expert_ids, source, input_ids, attention_mask, past_key_values)
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
+        if torch.is_grad_enabled():
+            self._remember_plans()
         self._dispatch.set(chosen)
         try:
             return self.language_model(
@@ -1259,12 +1321,15 @@ class ReadMeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 **kwargs,
             )
         finally:
-            # With gradient checkpointing, layers run once more in the backward pass.
-            if not (torch.is_grad_enabled() and self._checkpoints()):
-                self._dispatch.set(None)
+            self._dispatch.set(None)
 
-    def _checkpoints(self) -> bool:
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
+    def _remember_plans(self) -> None:
+        """See to it that layers that run once more in the backward pass have their plan then."""
+        for module in self.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                run: Any = module._gradient_checkpointing_func
+                if not isinstance(run, _Checkpoint):
+                    module._gradient_checkpointing_func = _Checkpoint(run, self._dispatch)
 
     def _chosen(
         self,
@@ -1339,7 +1404,14 @@ class ReadMeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return chosen
 
     def count_parameters(self) -> ReadMeParameters:
-        """Count parameters of the dense model, per token, and stored in either packed form."""
+        """Count parameters of the dense model, per token, and stored in either packed form.
+
+        Raises
+        ------
+        bakeoff.errors.ModelError
+            While the experts are on disk.
+        """
+        self._check_whole()
         stored = sum(p.numel() for p in self.language_model.parameters())
         router = sum(p.numel() for p in self.router.parameters())
         if self.config.form == "masked":
@@ -1444,19 +1516,21 @@ class ReadMeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         return self
 
     def _check_packed(self, number: int, part: _FeedForward, packed: PackedExperts) -> None:
-        """Raise if the packed layer does not do what the masked one does."""
+        """Raise if the packed layer does not do what the masked one does.
+
+        Copies are compared, in single precision: half precision would hide a difference.
+        """
         n_experts = len(self.config.domains)
-        weight = part.down.weight
+        masked, packed = copy.deepcopy((part.module, packed))
+        masked, packed = masked.float().eval(), packed.float().eval()
+        device = part.down.weight.device
         generator = torch.Generator().manual_seed(0)
-        states = torch.randn(1, 2 * n_experts, part.hidden, generator=generator).to(weight)
-        tolerance = 64 * torch.finfo(weight.dtype).eps
-        self._dispatch.set(torch.arange(2 * n_experts, device=weight.device)[None] % n_experts)
-        try:
-            expected, got = part.module(states), packed(states)
-        finally:
-            self._dispatch.set(None)
+        states = torch.randn(1, 2 * n_experts, part.hidden, generator=generator).to(device)
+        assert packed._dispatch is not None
+        packed._dispatch.set(torch.arange(2 * n_experts, device=device)[None] % n_experts)
+        expected, got = masked(states), packed(states)
         scale = expected.abs().max().clamp_min(1e-6)
-        if not bool(((expected - got).abs().max() / scale) < tolerance):
+        if not bool((expected - got).abs().max() / scale < 64 * torch.finfo(torch.float32).eps):
             raise ModelError(
                 f"layer {number}: {type(part.module).__name__} does more than its projections and "
                 "activation, so that its experts cannot be packed; use the masked form"
