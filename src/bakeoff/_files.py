@@ -9,6 +9,7 @@ import errno
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,20 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` in UTF-8, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def folder_name(name: str, names: Sequence[str]) -> str:
+    """Return a folder's name for one of some names that any file system takes and no other has.
+
+    Examples
+    --------
+    >>> folder_name("Python code", ["Python code", "news"]), folder_name("../a", ["../a", "a"])
+    ('python-code', '1-a')
+    """
+    plain = [re.sub(r"[^\w]+", "-", each.lower()).strip("-") or "domain" for each in names]
+    number = list(names).index(name)
+    clash = len(set(plain)) < len(plain) or "base" in plain  # base models are saved beside
+    return f"{number + 1}-{plain[number]}" if clash else plain[number]
 
 
 def sha256(path: Path) -> str:

@@ -271,6 +271,8 @@ def test_design_names_with_commas_are_told_apart():
         ("raw,character n-grams", "words"),
         ("stationary, replay", "upgrades"),
         ("mean, causal, stationary", "pooling"),  # no question has both; pooling says so
+        ("domain experts, raw", "domains"),  # it says that it knows no raw
+        ("specialised, full, domain experts", "words"),
     ],
 )
 def test_embedding_designs_name_their_question(designs, question):

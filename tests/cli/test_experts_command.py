@@ -340,6 +340,19 @@ def test_what_cannot_be_refactored(folder, data, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1e4])
+def test_a_model_whose_losses_are_no_numbers_is_not_written(folder, data, tmp_path, value):
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(value)
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(folder / "dense").save_pretrained(tmp_path / "broken")
+    out = tmp_path / "read-me"
+    said = refused("refactor", tmp_path / "broken", *data, *QUICK, "--out", out)
+    assert "judging the dense model: its loss on words is" in said
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("moment", ["tuning", "writing"])
 def test_an_interruption_leaves_nothing_behind(folder, data, tmp_path, monkeypatch, moment):
     from bakeoff.experts import read_me

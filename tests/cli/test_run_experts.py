@@ -88,6 +88,13 @@ def test_what_makes_no_sense_is_said_at_once(folder, tmp_path, arguments, messag
     assert not Path(tmp_path / "study").exists()
 
 
+@pytest.mark.parametrize("option", [["--column", "text=body"], ["--max-texts", "50"]])
+def test_what_goes_with_files_needs_files(tmp_path, option):
+    done = invoke("--size", "smoke", *option, "--out", tmp_path / "study")
+    assert done.exit_code == 3, done.output
+    assert f"{option[0]} needs --data" in done.output
+
+
 def test_other_families_refuse_what_is_for_experts(folder, tmp_path):
     done = CliRunner().invoke(app, ["run", "selection", "--layers", "2"])
     assert done.exit_code == 3

@@ -381,11 +381,28 @@ def test_the_same_model_skips_on_made_queries_and_a_sample(folder, capsys):
     assert "Re-indexing can be skipped" in shown
     assert "80 of 150 documents were searched" in " ".join(shown.split())
     assert "No --queries: 40 beginnings" in " ".join(shown.split())
-    assert "re-index" in shown
+    assert "re-index: new model, everything embedded again" in shown
+    table = [line for line in shown.splitlines() if line.lstrip().startswith("mrr@10 ")]
+    assert [line.split()[1:3] for line in table] == [["against", "re-indexing"]]
+
+
+def test_without_a_terminal_no_line_is_broken(folder, capsys):
+    old, queries = str(folder / "old"), folder / "asked.txt"
+    texts = [json.loads(line)["text"] for line in (folder / "index.jsonl").open(encoding="utf-8")]
+    queries.write_text("\n".join(texts[:20]), encoding="utf-8")
+    upgrade(old, old, folder / "index.jsonl", queries=queries)
+    shown = capsys.readouterr()
+    assert shown.err == "reading the index\n"
+    (row,) = [line for line in shown.out.splitlines() if line.startswith("skip re-indexing  ")]
+    assert "(-" in row
+    assert row.index(" to ") < row.index(")") < row.index("undecided")
 
 
 def test_bad_arguments_are_refused(folder, tmp_path):
     old = str(folder / "old")
+    (tmp_path / "head.csv").write_text("id,text\n")
+    with pytest.raises(DataError, match=r"head\.csv: the file has no row"):
+        upgrade(old, old, tmp_path / "head.csv")
     with pytest.raises(
         DataError, match="--margin must be between 0 and 1, as the measure is, got 0"
     ):

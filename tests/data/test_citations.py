@@ -248,8 +248,12 @@ def test_a_domain_with_too_few_pairs_is_left_out_and_named():
 
 def test_bad_input():
     texts = {"a": "one", "b": "two"}
-    for references in ({}, {"c": ["a"]}, {"c": ["x", "y"]}):
-        with pytest.raises(DataError, match="no two of the 2 documents"):
+    for references, message in (
+        ({}, "no reference is the id of another of the 2 documents .* like 'a', 'b'"),
+        ({"c": ["x", "y"]}, "no reference is the id of another"),
+        ({"c": ["a"]}, "citations: no two of the 2 documents with a text are cited together once"),
+    ):
+        with pytest.raises(DataError, match=message):
             CoCitationPairs(references, texts)
     with pytest.raises(DataError, match="no two of the 0 documents"):
         CoCitationPairs({"c": ["a", "b"]}, {})
@@ -324,6 +328,22 @@ def test_columns_that_the_first_row_lacks_are_found(tmp_path):
     assert graph.notes[-1] == "1 text without a domain: their domain is (none)."
 
 
+def test_what_a_reader_of_a_graph_must_know_is_noted(tmp_path):
+    path = tmp_path / "papers.csv"
+    path.write_text("ID,abstract,references\n1,a,\n2,b,\n3,,1;2;x;y\n")
+    assert read_citations(path).notes == (
+        "papers.csv: 3 documents, 2 of them cited; id from column 'ID', text from column "
+        "'abstract', references from column 'references'.",
+        "2 ids referred to and not in the file, first 'x'.",
+        "1 document without a text: in no pair, but they may cite.",
+        "No column for the domain: all texts are one domain. Name yours with "
+        "columns={'domain': ...}, or --column domain=NAME on the command line.",
+    )
+    path.write_text("id,text,references\nd1,a,\nd2,b,\nd3,c,1;2\n")
+    with pytest.raises(DataError, match="papers: no reference is the id of another of the 3 doc"):
+        read_citations(path).pairs()
+
+
 def test_named_columns_json_lists_and_integers(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text('n,words,out\n1,lungs,\n2,airways,"[1, 3]"\n3,skin,1 2\n4,more,"[""1"",3]"\n')
@@ -337,6 +357,8 @@ def test_named_columns_json_lists_and_integers(tmp_path):
     ("content", "message"),
     [
         ("id,text\n1,a\n", "no column for 'references'. Columns found: 'id', 'text'"),
+        ("id,text\n1,a\n", "or --column references=NAME on the command line"),
+        ("id,text,references\n", "the file has no row"),
         ("id,text,references\n1,a,\n1,b,\n", "line 3: id '1' comes a second time"),
         ("id,text,references\n ,a,\n", "must hold an id"),
         ('id,text,references\n1,a,"[1"\n', "is not a JSON list"),

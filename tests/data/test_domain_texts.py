@@ -57,6 +57,43 @@ def test_what_copies_a_held_out_document_is_not_trained_on():
     assert "12 words in a row" in with_copy.notes[0]
 
 
+def test_what_another_domain_is_judged_by_is_not_trained_on():
+    texts = {"a": paragraphs("a"), "b": paragraphs("b")}
+    alone = split_domains(texts)
+    whole = next(text for text in texts["a"] if text not in alone.training["a"])
+    part = f"Quoted from elsewhere: {alone.held_out['a'][0]}"
+    both = split_domains({**texts, "b": [*texts["b"], whole, part]}, share=5 / 32)
+    assert {whole, part}.isdisjoint(both.training["b"])
+    trained = {run for some in both.training.values() for text in some for run in runs(text, 12)}
+    judged = [text for some in both.held_out.values() for text in some]
+    assert all(trained.isdisjoint(runs(text, 12)) for text in judged)
+    assert any("left out of training" in note for note in both.notes)
+
+
+LICENCE = "\n".join(f"Line {i} of a licence at the top of each of these files." for i in range(6))
+
+
+def test_a_licence_at_the_top_of_every_file_is_no_copy():
+    plain = paragraphs("a", 60)
+    licensed = [f"{LICENCE}\n\n{text}" for text in plain[:58]] + plain[58:]
+    aside = [licensed[0]]
+    copied = f"{LICENCE}\n\nIn another file: {plain[0]}"
+    split = split_domains({"a": [*licensed[1:], copied]}, held_out={"a": aside})
+    assert set(split.training["a"]) == set(licensed[1:])
+    assert split.notes == (
+        "a: 1 text left out of training, with 12 words in a row from a held-out document (words "
+        "that many texts share were not counted).",
+    )
+
+
+def test_where_every_text_copies_the_notes_say_so():
+    texts = [f"{LICENCE}\n\nNumber {i}" for i in range(4)]
+    split = split_domains({"a": texts}, share=0.25)
+    assert len(split.training["a"]) == 3
+    assert "every text has 12 words in a row" in split.notes[0]
+    assert "only whole copies were left out" in split.notes[0]
+
+
 def test_limits_of_characters_and_documents():
     split = split_domains({"a": paragraphs("a", 60)}, max_characters=5000, max_held_out=3)
     assert sum(map(len, split.training["a"])) == 5000
@@ -116,6 +153,19 @@ def test_files_folders_and_tables_become_domains(tmp_path):
     assert [len(texts["code"]), len(texts["tickets"])] == [3, 5]
     assert len(texts["prose"]) > 5  # one file is cut, so that some of it can be held out
     assert notes == ()
+
+
+def test_names_of_folders_are_whole_and_tildes_are_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for folder in ("api.v1", "api.v2"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text(f"# {folder}\n")
+    (tmp_path / "notes.txt").write_text("a note")
+    texts, _ = read_domains([tmp_path / "api.v1", "~/api.v2", "mine=~/notes.txt", "~/notes.txt"])
+    assert list(texts) == ["api.v1", "api.v2", "mine", "notes"]
+    monkeypatch.chdir(tmp_path / "api.v1")
+    assert list(read_domains(["."])[0]) == ["api.v1"]
 
 
 @pytest.mark.parametrize("sources", [[], ["=x"], ["name="], ["name=does-not-exist"]])

@@ -101,7 +101,8 @@ def test_empty_cells_are_counted_and_named(tmp_path):
         read_constraints(path)
     kept = read_constraints(path, skip_empty=True)
     assert kept.words == ("a",)
-    assert kept.notes == ("4 rows with an empty cell left out.",)
+    assert kept.notes[0].startswith(f"{path.name}: synset from column ")
+    assert kept.notes[1:] == ("4 rows with an empty cell left out.",)
 
 
 # --- CLDR -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tests.embedding.tiny_domains import (
     write_graph,
 )
 
+from bakeoff._files import folder_name
 from bakeoff.data.citations import CitationGraph, LabelledPairs
 from bakeoff.embedding.pair_scores import f1_max
 from bakeoff.embedding.problem.domain_pairs import (
@@ -38,7 +39,6 @@ from bakeoff.embedding.problem.domains import (
     DOMAIN_ENCODER_METRICS,
     DomainEncoderProblem,
     domain_encoder_designs,
-    folder_name,
     shared_out,
 )
 from bakeoff.errors import BakeoffError, DataError

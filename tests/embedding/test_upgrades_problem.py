@@ -123,6 +123,11 @@ def test_labelled_files_become_streams(tmp_path):
         zip(data.texts, data.labels, strict=True)
     )
     assert not any("held out" in note for note in read.notes)
+    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *lines, "alone,rare"]))
+    (read,) = read_class_texts(tmp_path / "mine.csv")
+    assert not any("never tested" in note for note in read.notes)
+    assert read.notes[-1] == "mine: 1 class with fewer than 4 texts left out ('rare')."
+    assert "rare" not in arrange(read, 2).training
 
 
 def test_default_data_are_the_running_pythons():

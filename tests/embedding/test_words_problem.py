@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 from itertools import product
 from pathlib import Path
@@ -22,7 +21,6 @@ from bakeoff.embedding.problem import words as module
 from bakeoff.embedding.problem.words import (
     WORD_METRICS,
     WordProblem,
-    climb,
     default_words,
     word_designs,
 )
@@ -419,21 +417,6 @@ def test_training_is_that_of_the_component(bert_folder, tmp_path):
 
 
 # --- learning rates ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("best", "tried"),
-    [(1.0, [1, 3, 1 / 3]), (3.0, [1, 3, 9]), (9.0, [1, 3, 9]), (0.2, [1, 3, 1 / 3, 1 / 9])],
-)
-def test_climbing(best, tried):
-    found = climb(lambda rate: -abs(math.log(rate / best)), 1.0)
-    assert list(found) == pytest.approx(tried)
-
-
-def test_nothing_better_anywhere_keeps_the_start():
-    found = climb(lambda rate: 0.0, 2.0)
-    assert list(found) == pytest.approx([2.0, 6.0, 2 / 3])
-    assert max(found, key=lambda rate: found[rate]) == 2.0
 
 
 def test_the_rate_is_looked_for_once_and_never_on_held_out_words(

@@ -1,7 +1,6 @@
 """Adapters at one budget: counted, trained, judged and handed over as PEFT alone would do it."""
 
 import copy
-import itertools
 import json
 import pickle
 import subprocess
@@ -16,6 +15,7 @@ from tests.decoding.tiny_decoder import save_decoder
 from tests.experts.test_mixture_of_shards import ARMS, same_as_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from bakeoff._files import folder_name
 from bakeoff.data.domain_texts import DomainTexts
 from bakeoff.errors import BakeoffError, DataError
 from bakeoff.experts.causal_training import domain_batches, train_causal
@@ -24,8 +24,6 @@ from bakeoff.experts.problem.adapters import (
     ADAPTER_METRICS,
     AdapterProblem,
     adapter_designs,
-    folder_name,
-    search_rate,
 )
 from bakeoff.models.small_gpt import SmallGPT
 from bakeoff.study import Design, Study, Work
@@ -314,21 +312,17 @@ def test_a_share_of_the_target_is_known_beforehand():
 # --- learning rates ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("best", [1e-4, 1e-3, 3e-3, 2e-2, 0.1])
-def test_the_search_ends_beside_the_best_of_a_valley(best):
-    tried = search_rate(lambda rate: abs(torch.tensor(rate / best).log().item()), 3e-3, reach=6)
-    found = min(tried, key=tried.get)
-    assert 1 / 1.74 < found / best < 1.74  # the square root of 3
-    rates = sorted(tried)
-    steps = [high / low for low, high in itertools.pairwise(rates)]
-    assert steps == pytest.approx([3] * len(steps))
-
-
-def test_the_search_is_bounded_and_leaves_divergence():
-    assert len(search_rate(lambda rate: -rate, 1.0, reach=4)) == 5
-    assert len(search_rate(lambda rate: rate, 1.0, reach=4)) == 6
-    tried = search_rate(lambda rate: rate if rate < 0.5 else float("inf"), 1.0)
-    assert min(tried, key=tried.get) == 1.0 / 9 or tried[min(tried, key=tried.get)] < 0.5
+def test_runs_that_diverged_are_counted_and_edges_are_told(folder, tmp_path, monkeypatch):
+    asked = problem(folder, targets=["pets"], search_share=0.5, learning_rate=2e-2)
+    tried = {2e-2: 1.0, 6e-2: float("inf"), 2e-2 / 3: 1.5}
+    monkeypatch.setattr(adapters, "search_rate", lambda *_, **__: tried)
+    trial = run(asked, "LoRA", tmp_path)
+    assert trial.cost["search_tokens"] == 3 * 2 * BATCH * CONTEXT
+    assert trial.notes == ("Learning rate for pets: 0.02, the best of 3.",)
+    steps = {2e-2 / 3**k: 1.0 - k / 10 for k in range(5)}
+    monkeypatch.setattr(adapters, "search_rate", lambda *_, **__: steps)
+    trial = run(asked, "rsLoRA", tmp_path)
+    assert "the best of 5 and the last that was to be tried" in trial.notes[0]
 
 
 def test_each_design_gets_its_rate_once_and_seeds_share_it(folder, tmp_path, monkeypatch):
@@ -436,6 +430,20 @@ def test_the_pools_load_as_the_readme_says(folder, tmp_path):
     assert found == pytest.approx(trial.scores["loss"]["pets"].tolist(), abs=1e-5)
     with pytest.raises(AssertionError, match="KeyError: 'MIXTURE_OF_SHARDS'"):
         judged_elsewhere([*lines[:at], pools[1]], documents)
+
+
+def test_another_winner_takes_the_place_of_the_first(folder, tmp_path):
+    asked = problem(folder, n_layers=3)
+    destination = tmp_path / "winner"
+    for name in ("MoS", "LoRA", "full fine-tuning"):
+        trial = run(asked, name, tmp_path)
+        asked.export(DESIGNS[name], trial.artifact, destination)
+        found = {path.name for path in destination.rglob("*")}
+        assert ("shards" in found) == (name == "MoS")
+        assert ("adapter_config.json" in found) == ("base" in found) == (name != "full fine-tuning")
+    want = trial.scores["loss"]["numbers"].tolist()
+    documents = asked.texts.held_out["numbers"]
+    assert judged_elsewhere(asked.usage(destination), documents) == pytest.approx(want, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["DoRA", "VeRA", "Tied-LoRA"])
@@ -546,13 +554,15 @@ def test_impossible_problems(folder, options, message):
         ("lora", {"times": 1.5}, "times must be an integer of at least 1, got 1.5"),
         ("mos", {"private_rank": -1}, "private_rank must be an integer of at least 0"),
         ("lora", {"over_budget": "yes"}, "over_budget must be True or False, got 'yes'"),
-        ("lora", {"learning_rate": 0}, "learning_rate is out of range: 0"),
-        ("lora", {"dropout": 1}, "dropout is out of range: 1"),
-        ("lora", {"alpha": "high"}, "alpha is out of range: 'high'"),
+        ("lora", {"learning_rate": 0}, "learning_rate must be positive, got 0"),
+        ("lora", {"dropout": 1}, "dropout must be at least 0 and below 1, got 1"),
+        ("lora", {"alpha": "high"}, "alpha must be a number, positive, got 'high'"),
         ("mos", {"shards_per_vector": 5}, "shards_per_vector=5 does not divide in_features=32"),
         ("mos", {"r": 9}, "r=9 takes 8 public vectors"),
         ("mos", {"selection": "best"}, "selection must be one of"),
         ("mos", {"private_rank": 2}, None),
+        ("prolora", {"chunks": 0}, "chunks must be an integer of at least 1, got 0"),
+        ("prolora", {"unshared_rank": -1}, "unshared_rank must be an integer of at least 0"),
         ("prolora", {"unshared_rank": 3}, "more than the whole budget"),
     ],
 )

@@ -629,6 +629,22 @@ def test_kinds_whose_names_end_alike(tmp_path):
         assert torch.equal(delta, layer.get_delta_weight("default"))
 
 
+def test_kinds_named_like_a_dictionarys_methods(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        block = {"att": nn.Module()}
+        block["att"].keys, block["att"].values = nn.Linear(8, 4), nn.Linear(4, 8)
+        return nn.Sequential(*(nn.ModuleDict(copy.deepcopy(block)) for _ in range(8)))
+
+    model = fill(get_peft_model(net(), MoSConfig(target_modules=["keys", "values"])))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(net(), tmp_path)
+    assert len(layers_of(loaded)) == 16
+    for name, layer in layers_of(model).items():
+        delta = layers_of(loaded)[name].get_delta_weight("default")
+        assert torch.equal(delta, layer.get_delta_weight("default"))
+
+
 def test_indices_come_from_the_file_not_from_the_seed(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
@@ -725,6 +741,16 @@ def test_several_adapters():
     assert "second" not in model.base_model.shard_pools
     assert torch.equal(logits(model), first)
     assert not [name for name in model.state_dict() if "second" in name]
+
+
+def test_mixed_batches_are_refused():
+    """PEFT drops `adapter_names` where a tuner does not take it: all rows would get one adapter."""
+    model = adapted()
+    model.add_adapter("second", MoSConfig(r=4, seed=3))
+    for call in (model, model.generate):
+        with pytest.raises(DataError, match=r"adapter_names: .* cannot be mixed in one batch"):
+            call(input_ids=TOKENS, adapter_names=["default", "second"])
+    assert torch.equal(logits(model), logits(adapted()))
 
 
 def test_another_adapter_leaves_a_frozen_one_frozen(tmp_path):

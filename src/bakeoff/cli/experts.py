@@ -48,6 +48,7 @@ NewFolder = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Of all that is drawn at random.")]
 
 _LONGEST = 512
+_HIGHEST_LOSS = 700.0  # nats per token: its exponential is still a number
 
 
 # Look inside --------------------------------------------------------------------------------------
@@ -439,6 +440,7 @@ def refactor(
     if not 0 < keep <= 1:
         raise DataError(f"--keep must be above 0 and at most 1, got {keep}")
     work = _Work()
+    _check_new(out)
     work.say(f"reading {', '.join(data)}")
     read, notes = read_domains(data)
     if len(read) < 2:
@@ -448,7 +450,6 @@ def refactor(
     texts = split_domains(read)
     for note in (*notes, *texts.notes):
         work.say(f"  {note}")
-    _check_new(out)
     loaded = work.load_dense(model, trained=True)
     length = min(sequence_length, loaded.max_length)
     packed = {
@@ -543,7 +544,13 @@ def _perplexities(
                 progress=lambda n, _, start=start: bar(start + n, 0),  # type: ignore[misc]
             )
             done += len(rows)
-            found[name] = math.exp(float(losses.sums.sum() / losses.n_tokens.sum()))
+            loss = float(losses.sums.sum() / losses.n_tokens.sum())
+            if not loss < _HIGHEST_LOSS:
+                raise ModelError(
+                    f"{what}: its loss on {name} is {loss:g}, so that its weights or its training "
+                    "went wrong; nothing was written"
+                )
+            found[name] = math.exp(loss)
     return found
 
 

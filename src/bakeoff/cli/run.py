@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -190,7 +191,7 @@ def refuse(options: Options, unused: Sequence[str], why: str) -> None:
     why
         What follows the options' names in the message.
     """
-    names = {"learners": "learner"}
+    names = {"learners": "learner", "columns": "column"}
     given = [f"--{names.get(n, n).replace('_', '-')}" for n in unused if getattr(options, n)]
     if given:
         raise DataError(f"{' and '.join(given)} {why}")
@@ -304,6 +305,8 @@ def _save_winner(
     destination = results.directory / "winner"
     design = next(design for design in chosen if design.name == results.winner)
     reason = results.data["winner"]["reason"]
+    # An earlier winner may have had files that this one has not.
+    shutil.rmtree(destination, ignore_errors=True)
     loads_anywhere = contest.problem.export(design, artifact, destination, reason=reason)
     results.data["winner"]["artifact"] = "winner"
     results.data["problem"]["description"]["usage"] = contest.usage(destination, loads_anywhere)

@@ -84,15 +84,18 @@ def question_of(designs: str | None) -> str:
 
     if designs is None:
         return "pooling"
-    for question, list_designs in {
+    known = {
         "pooling": problem.default_designs,
         "domains": problem.domain_encoder_designs,
         "words": problem.word_designs,
         "upgrades": problem.upgrade_designs,
-    }.items():
-        with suppress(DataError):
-            choose_designs(list_designs(), designs)
-            return question
+    }
+    parts = designs.split(",")
+    for end in range(len(parts), 0, -1):
+        for question, list_designs in known.items():
+            with suppress(DataError):
+                choose_designs(list_designs(), ",".join(parts[:end]))
+                return question  # of the most designs that belong together; it refuses the rest
     return "pooling"  # which says what is wrong with them
 
 

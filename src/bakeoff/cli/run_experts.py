@@ -56,6 +56,9 @@ def domains(options: Options, console: Console) -> DomainTexts:
 
     console.print("reading data", style="dim")
     if not options.data:
+        if options.columns:
+            raise DataError("--column needs --data")
+        refuse(options, ("max_texts",), "needs --data")
         return default_domains(options.size)
     unknown = sorted(set(options.columns) - {"text"})
     if unknown:

@@ -94,7 +94,8 @@ def upgrade(
             n_documents = min(len(stored), max(n_documents, 2 * n_answers))
         elif n_documents < n_answers:
             raise DataError(
-                f"--sample {sample}: {n_answers:,} documents answer the queries and must be in it"
+                f"--sample {sample}: {n_answers:,} documents answer the queries and must be in "
+                f"it; give at least {n_answers}, or leave it out"
             )
     with _Bars(console) as report, warnings.catch_warnings():
         # It is among the notes.
@@ -298,7 +299,9 @@ def read_stored(path: Path, columns: Mapping[str, str] | None = None) -> StoredI
         if len(vectors) == 1 and len(texts) == 1:
             held = read_index(texts[0], **names)
             if held.texts is None:
-                raise DataError(f"{texts[0]} has no column of texts: name one with --column text=")
+                raise DataError(
+                    f"{texts[0]} has no column of texts: name one with --column text=NAME"
+                )
             return StoredIndex(held.texts, read_index(vectors[0]).vectors, held.ids)
         if vectors:
             raise DataError(
@@ -337,7 +340,7 @@ def read_queries(path: Path, columns: Mapping[str, str] | None = None) -> Querie
     if query is None:
         raise DataError(
             f"{path} has no column of queries ({', '.join(_QUERY_NAMES)}); it has "
-            f"{', '.join(table.columns)}: name one with --column query="
+            f"{', '.join(table.columns)}: name one with --column query=NAME"
         )
     relevant = _column(path, table.columns, roles.get("relevant"), _RELEVANT_NAMES)
     texts = []
@@ -485,8 +488,13 @@ def _print(found: Mapping[str, Any], console: Console) -> None:
     for reason in found["reasons"]:
         console.print(reason, highlight=False, soft_wrap=True)
     console.print()
+    # Into a file or pipe a table may be wider than the 80 characters that rich takes it for.
+    if not console.is_terminal:
+        console.width = max(console.width, 200)
     console.print(table)
     console.print()
+    for name, option in found["options"].items():
+        console.print(f"{name}: {option['what']}", style="dim", highlight=False, soft_wrap=True)
     for name, why in found["unavailable"].items():
         console.print(f"{name}: not possible, {why}", highlight=False, soft_wrap=True)
     for note in found["notes"]:
@@ -504,7 +512,8 @@ class _Bars:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self._bar = Progress(*columns, console=console, transient=True)
+        hidden = not console.is_terminal  # where it would leave an empty line
+        self._bar = Progress(*columns, console=console, transient=True, disable=hidden)
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> _Bars:

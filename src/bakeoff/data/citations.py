@@ -297,8 +297,14 @@ class CoCitationPairs:
         self._group = linked_rows(rows) if rows else np.zeros(0, dtype=np.int64)
         self._citing = self._matrix(references)
         if not any(len(pairs) for pairs in self._positive_rows.values()):
+            if self._ids and not self._citing.nnz:
+                raise DataError(
+                    f"{self.name}: no reference is the id of another of the {len(self._ids)} "
+                    f"documents with a text; their ids are like {listed(self._ids[:3])}"
+                )
             raise DataError(
-                f"no two of the {len(self._ids)} documents with a text are cited together "
+                f"{self.name}: no two of the {len(self._ids)} documents with a text are cited "
+                f"together "
                 f"{'once' if min_cocitations == 1 else f'{min_cocitations} times'} within one "
                 "domain: check that references hold ids of the documents, or lower "
                 "min_cocitations, or raise max_citations"
@@ -490,7 +496,8 @@ class CoCitationPairs:
         if not parts:
             raise DataError(
                 f"no domain of {self.name} has 2 pairs to train on and 1 each to validate and test "
-                f"by after a split by document; pairs left: {', '.join(left_out)}"
+                "by after a split by document; positive pairs left (train, validation, test): "
+                f"{', '.join(left_out)}. It takes more documents that are cited together"
             )
         if left_out:
             notes.append(
@@ -754,7 +761,7 @@ def read_citations(
         raise DataError(f"unknown role {unknown[0]!r}; roles are {listed(_USUAL_NAMES)}")
     rows = list(iterate_rows(path))
     if not rows:
-        raise DataError(f"{path}: the file is empty")
+        raise DataError(f"{path}: the file has no row")
     # Of all rows, for JSON leaves out what a row has not, and the first may only cite.
     roles = _roles(path, list(dict.fromkeys(key for row in rows for key in row.values)), given)
     texts: dict[str, str] = {}
@@ -775,9 +782,23 @@ def read_citations(
             cell = cells.get(role)
             if cell is not None and str(cell).strip():
                 table[key] = str(cell)
-    n_cited = len({cited for row in references.values() for cited in row} & texts.keys())
-    notes = [f"{path.name}: {count(len(texts), 'document')}, {n_cited:,} of them cited."]
+    cited = {one for row in references.values() for one in row}
+    notes = [
+        f"{path.name}: {count(len(texts), 'document')}, {len(cited & texts.keys()):,} of them "
+        f"cited; {', '.join(f'{role} from column {column!r}' for role, column in roles.items())}."
+    ]
+    if strange := sorted(cited - texts.keys()):
+        notes.append(
+            f"{count(len(strange), 'id')} referred to and not in the file, first {strange[0]!r}."
+        )
+    if n_blank := sum(not text.strip() for text in texts.values()):
+        notes.append(f"{count(n_blank, 'document')} without a text: in no pair, but they may cite.")
     domains = more["domain"]
+    if not domains:
+        notes.append(
+            "No column for the domain: all texts are one domain. Name yours with "
+            "columns={'domain': ...}, or --column domain=NAME on the command line."
+        )
     lost = [key for key, text in texts.items() if text.strip() and key not in domains]
     if domains and lost:
         notes.append(f"{count(len(lost), 'text')} without a domain: their domain is {_NO_DOMAIN}.")
@@ -804,7 +825,8 @@ def _roles(path: Path, found: list[str], given: Mapping[str, str]) -> dict[str, 
         elif role in _REQUIRED:
             raise DataError(
                 f"{path}: no column for {role!r}. Columns found: {listed(found)}. Names "
-                f"recognised: {', '.join(names)}. Name yours with columns={{{role!r}: ...}}"
+                f"recognised: {', '.join(names)}. Name yours with columns={{{role!r}: ...}}, or "
+                f"--column {role}=NAME on the command line"
             )
     return roles
 

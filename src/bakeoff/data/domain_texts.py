@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ _LONGEST = 1000
 _SHORTEST = 200
 _TEXT_SUFFIXES = (".py", ".txt", ".md", ".rst")
 # A run of this many words is no coincidence.
-_COPIED_WORDS = 12
+_COPIED = 12
+# Unless more texts than these, and than this share of them, hold it: a licence, say, or a footer.
+_BOILERPLATE = (5, 0.1)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class DomainTexts:
     training
         Texts by domain.
     held_out
-        Documents by domain, of the same domains. No document is part of a training text.
+        Documents by domain, of the same domains.
     notes
         Sentences for the reader.
 
@@ -93,6 +96,11 @@ def split_domains(
 ) -> DomainTexts:
     """Hold out some texts of each domain, cut them into documents, and leave out what copies them.
 
+    Training texts that share twelve words in a row with a held-out document, of any domain, are
+    left out. Where that would take more than half of a domain, words that many of its texts share,
+    such as a licence at the top of every file, do not count; where it would still take all, only
+    whole copies are left out. The notes say so.
+
     Parameters
     ----------
     texts
@@ -127,38 +135,73 @@ def split_domains(
         raise DataError(
             f"held_out must have the domains {', '.join(texts)}, got {', '.join(held_out)}"
         )
-    training: dict[str, tuple[str, ...]] = {}
+    distinct = {
+        domain: list({normalise(text): text for text in given if text.strip()}.values())
+        for domain, given in texts.items()
+    }
+    aside = {
+        domain: _aside(domain, distinct[domain], share)
+        if held_out is None
+        else [text for text in held_out[domain] if text.strip()]
+        for domain in texts
+    }
     judged: dict[str, tuple[str, ...]] = {}
+    for domain, chosen in aside.items():
+        documents = [piece for text in chosen for piece in pieces(text)]
+        judged[domain] = tuple(sample(documents, max_held_out, 0, key=lambda text: text))
+    # Of all domains: what one domain is judged by, another may hold too.
+    banned = {normalise(text) for chosen in aside.values() for text in chosen}
+    copied = {
+        run for documents in judged.values() for text in documents for run in runs(text, _COPIED)
+    }
+    training: dict[str, tuple[str, ...]] = {}
     notes: list[str] = []
-    for domain, given in texts.items():
-        distinct = list({normalise(text): text for text in given if text.strip()}.values())
-        if held_out is None:
-            if len(distinct) < 2:
-                raise DataError(
-                    f"domain {domain!r} has {count(len(distinct), 'distinct text')}: at least 2 "
-                    "are needed, one to train on and one to judge by"
-                )
-            n_aside = min(len(distinct) - 1, max(1, round(share * len(distinct))))
-            by_place = sorted(distinct, key=lambda text: position(text, 1))
-            aside = by_place[:n_aside]
-        else:
-            aside = [text for text in held_out[domain] if text.strip()]
-        documents = [piece for text in aside for piece in pieces(text)]
-        documents = sample(documents, max_held_out, 0, key=lambda text: text)
-        judged[domain] = tuple(documents)
-        banned = {normalise(text) for text in aside}
-        copied = {run for text in documents for run in runs(text, _COPIED_WORDS)}
-        others = [text for text in distinct if normalise(text) not in banned]
-        kept = [text for text in others if copied.isdisjoint(runs(text, _COPIED_WORDS))]
-        if not kept:  # boilerplate in every text: then only whole copies are left out
-            kept = others
-        elif len(kept) < len(others):
-            notes.append(
-                f"{domain}: {count(len(others) - len(kept), 'text')} left out of training, with "
-                f"{_COPIED_WORDS} words in a row from a held-out document."
-            )
+    for domain in texts:
+        own = {normalise(text) for text in aside[domain]}
+        others = [text for text in distinct[domain] if normalise(text) not in own]
+        kept, said = _without_copies(others, banned, copied)
         training[domain] = tuple(_within(kept, max_characters))
+        notes += [f"{domain}: {sentence}" for sentence in said]
     return DomainTexts(name, training, judged, tuple(notes))
+
+
+def _aside(domain: str, distinct: Sequence[str], share: float) -> list[str]:
+    """Return the texts to hold out of a domain, at least one and not all."""
+    if len(distinct) < 2:
+        raise DataError(
+            f"domain {domain!r} has {count(len(distinct), 'distinct text')}: at least 2 are "
+            "needed, one to train on and one to judge by"
+        )
+    n_aside = min(len(distinct) - 1, max(1, round(share * len(distinct))))
+    return sorted(distinct, key=lambda text: position(text, 1))[:n_aside]
+
+
+def _without_copies(
+    texts: Sequence[str], banned: set[str], copied: set[tuple[str, ...]]
+) -> tuple[list[str], list[str]]:
+    """Return the texts that hold nothing of a held-out document, and what to tell the reader.
+
+    If less than half of them would be left, words that many of them share do not count.
+    """
+    shared = [copied & runs(text, _COPIED) for text in texts]
+    whole = [normalise(text) in banned for text in texts]
+
+    def without(allowed: set[tuple[str, ...]]) -> list[str]:
+        found = zip(texts, shared, whole, strict=True)
+        return [text for text, copy, is_whole in found if copy <= allowed and not is_whole]
+
+    kept = without(set())
+    why = f"{_COPIED} words in a row from a held-out document"
+    if len(kept) < len(texts) / 2:
+        holders = Counter(run for found in shared for run in found)
+        least, part = _BOILERPLATE
+        most = max(least, part * len(texts))
+        kept = without({run for run, n in holders.items() if n > most})
+        why += " (words that many texts share were not counted)"
+    if not kept:  # rather than nothing
+        return without(copied), [f"every text has {why}; only whole copies were left out."]
+    n_out = len(texts) - len(kept)
+    return kept, [f"{count(n_out, 'text')} left out of training, with {why}."] if n_out else []
 
 
 def pieces(text: str, longest: int = _LONGEST) -> list[str]:
@@ -169,7 +212,7 @@ def pieces(text: str, longest: int = _LONGEST) -> list[str]:
 
     Examples
     --------
-    >>> [len(piece) for piece in pieces(("x" * 299 + "\n\n") * 5, longest=700)]
+    >>> [len(piece) for piece in pieces("\n\n".join(["x" * 299] * 5), longest=700)]
     [600, 600, 299]
     """
     found: list[str] = []
@@ -212,9 +255,10 @@ def read_domains(
     Parameters
     ----------
     sources
-        ``NAME=PATH``, or a path whose name without suffix names the domain. The same name may come
-        several times. A path is a folder (its .py, .txt, .md and .rst files), a table (Parquet,
-        JSON Lines, JSON, CSV, TSV; one text a row) or one file of text.
+        ``NAME=PATH``, or a path: then the folder's name, or the file's without suffix, is the
+        domain's. The same name may come several times. A path is a folder (its .py, .txt, .md and
+        .rst files), a table (Parquet, JSON Lines, JSON, CSV, TSV; one text a row) or one file of
+        text.
     column
         Of tables: which holds the text.
     max_texts
@@ -258,9 +302,9 @@ def _named(source: str | Path) -> tuple[str, Path]:
         name, _, given = text.partition("=")
         if not name.strip() or not given.strip():
             raise DataError(f"a domain must be given as NAME=PATH, got {text!r}")
-        return name.strip(), Path(given.strip())
-    path = Path(text)
-    return path.stem or path.resolve().name, path
+        return name.strip(), Path(given.strip()).expanduser()
+    path = Path(text).expanduser()
+    return path.resolve().name if path.is_dir() else path.stem, path
 
 
 def default_domains(size: Size = "demo") -> DomainTexts:

@@ -171,7 +171,13 @@ def _read_rows(
             f"{path}: {count(len(empty), 'row')} with an empty synset, word or language, the first "
             f"at {', '.join(empty[:3])}"
         )
-    notes = (f"{count(len(empty), 'row')} with an empty cell left out.",) if empty else ()
+    taken = {"synset": synset, "word": sides[0][0], "language": sides[0][1], "gloss": sides[0][2]}
+    columns_taken = ", ".join(
+        f"{role} from column {name!r}" for role, name in taken.items() if name
+    )
+    notes: tuple[str, ...] = (f"{path.name}: {columns_taken}.",)
+    if empty:
+        notes += (f"{count(len(empty), 'row')} with an empty cell left out.",)
     synsets, words, languages, glosses = zip(*entries, strict=True)
     constraints = Constraints(
         synsets, words, languages, glosses if any(glosses) else None, path.name, notes
@@ -239,9 +245,11 @@ def _missing(
     suffix: str = "",
 ) -> str:
     wanted = [given + suffix] if given is not None else [name + suffix for name in usual]
+    role = what.removesuffix("1").removesuffix("2")
     return (
         f"{path}: no column for the {what}: looked for {listed(wanted)}, the file has "
-        f"{listed(columns)}"
+        f"{listed(columns)}. Name yours with {role}_column=..., or --column {role}=NAME on the "
+        "command line"
     )
 
 

@@ -454,8 +454,11 @@ class LexicalSpecializer(BaseEstimator):  # type: ignore[misc]  # scikit-learn i
         It loads in a new process with ``SentenceTransformer(folder, trust_remote_code=True)`` where
         bakeoff is installed: the pooling is `WordPooling`.
         """
+        from bakeoff.models.gguf import quiet_transformers
+
         model = self.to_sentence_transformer(normalize=normalize)
-        model.save_pretrained(str(folder), create_model_card=False)
+        with quiet_transformers():
+            model.save_pretrained(str(folder), create_model_card=False)
         return Path(folder)
 
     def _fitted(self) -> WordEncoder:

@@ -170,7 +170,8 @@ def read_index(
     if found_texts is None and found_vectors is None:
         raise DataError(
             f"{source} has no column of texts ({', '.join(_TEXT_NAMES)}) and none of vectors "
-            f"({', '.join(_VECTOR_NAMES)}): name one with text_column or vector_column"
+            f"({', '.join(_VECTOR_NAMES)}): name one with text_column or vector_column, or "
+            "--column text=NAME or vector=NAME on the command line"
         )
     return StoredIndex(found_texts, found_vectors, ids or ())
 
@@ -912,6 +913,8 @@ def _row_columns(
     path: Path, text_column: str | None, vector_column: str | None, id_column: str | None
 ) -> _Columns:
     rows = list(iterate_rows(path))
+    if not rows:
+        raise DataError(f"{path}: the file has no row")
     found = list(dict.fromkeys(name for row in rows for name in row.values))
     text = _column(found, text_column, _TEXT_NAMES, path)
     vector = _column(found, vector_column, _VECTOR_NAMES, path)

@@ -10,7 +10,8 @@ import enum
 import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -624,6 +625,16 @@ class MoSModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
             for pool in self.shard_pools[adapter_name].values():
                 if pool.pool_A.dtype in (torch.float16, torch.bfloat16):
                     pool.float()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT would drop the argument, and every row would go through the active adapters.
+        if kwargs.get("adapter_names") is not None:
+            raise DataError(
+                "adapter_names: adapters of a mixture of shards cannot be mixed in one batch; "
+                "call set_adapter, or export them with to_lora, as LoRAs can"
+            )
+        yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its pools."""

@@ -274,14 +274,16 @@ def _by_kind(layers: Mapping[str, nn.Module]) -> dict[str, list[tuple[str, nn.Mo
     patterns: dict[tuple[str, ...], list[tuple[str, nn.Module]]] = {}
     for name, layer in layers.items():
         patterns.setdefault(_pattern(name), []).append((name, layer))
-    short = {}
+    short, taken = {}, nn.ModuleDict()
     for pattern, members in patterns.items():
         length = next(
             n
             for n in range(1, len(pattern) + 1)
             if n == len(pattern) or sum(other[-n:] == pattern[-n:] for other in patterns) == 1
         )
-        short["-".join(pattern[-length:])] = members
+        kind = "-".join(pattern[-length:])
+        # A ModuleDict refuses names that it has an attribute of, such as "keys" and "values".
+        short[f"{kind}_" if hasattr(taken, kind) else kind] = members
     return short
 
 

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bakeoff._files import atomic_folder, build_once, cache_directory, write_text
+from bakeoff._files import atomic_folder, build_once, cache_directory, folder_name, write_text
 from bakeoff.data.citations import LabelledPairs
 from bakeoff.data.formats import count
 from bakeoff.data.tasks import TextPairs
@@ -995,20 +994,6 @@ def shared_out(total: int, weights: Sequence[int]) -> list[int]:
     for row in order[: rest - sum(whole)]:
         whole[row] += 1
     return [1 + share for share in whole]
-
-
-def folder_name(domain: str, domains: Sequence[str]) -> str:
-    """Return a name for a domain's folder that any file system takes and no other domain has.
-
-    Examples
-    --------
-    >>> folder_name("text and data", ["text and data", "net"]), folder_name("../a", ["../a", "a"])
-    ('text-and-data', '1-a')
-    """
-    plain = [re.sub(r"[^\w]+", "-", name.lower()).strip("-") or "domain" for name in domains]
-    number = list(domains).index(domain)
-    clash = len(set(plain)) < len(plain) or "base" in plain
-    return f"{number + 1}-{plain[number]}" if clash else plain[number]
 
 
 def _usage(destination: Path, facts: Mapping[str, Any]) -> list[str]:

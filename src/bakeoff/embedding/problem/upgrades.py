@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bakeoff._files import atomic_folder, build_once, cache_directory, write_text
+from bakeoff.data.formats import count, listed
 from bakeoff.data.splits import normalise, position, sample
 from bakeoff.errors import BakeoffError, DataError
 from bakeoff.models.gguf import quiet_transformers
@@ -202,18 +203,23 @@ def read_class_texts(
     data = embedding_data(paths, columns=columns, task="labelled", max_texts=max_texts)
     # Notes on how a classifier's data was split say nothing here.
     notes = [
-        n for n in data.notes if n != NO_PAIRS and "held out" not in n and "clustering" not in n
+        note
+        for note in data.notes
+        if note != NO_PAIRS
+        and not any(word in note for word in ("held out", "clustering", "never tested"))
     ]
     found = []
     for number, task in enumerate(t for t in data.tasks if isinstance(t, ClassificationTask)):
-        found.append(
-            ClassTexts(
-                task.name.removesuffix(" classification"),
-                (*task.train_texts, *task.test_texts),
-                (*task.train_labels, *task.test_labels),
-                tuple(notes) if not number else (),
+        name = task.name.removesuffix(" classification")
+        texts = (*task.train_texts, *task.test_texts)
+        labels = (*task.train_labels, *task.test_labels)
+        own = tuple(notes) if not number else ()
+        if few := sorted(label for label, n in Counter(labels).items() if n < _LEAST_TEXTS):
+            own += (
+                f"{name}: {count(len(few), 'class', 'classes')} with fewer than {_LEAST_TEXTS} "
+                f"texts left out ({listed(few[:5])}{', ...' if len(few) > 5 else ''}).",
             )
-        )
+        found.append(ClassTexts(name, texts, labels, own))
     return tuple(found)
 
 
@@ -887,7 +893,8 @@ class UpgradeProblem:
     def _read_me(self, design: Design, destination: Path, reason: str) -> str:
         kind = _KINDS[design.method]
         meaning = {
-            "as it is": "Its queries search indexes that any earlier version has made.",
+            "as it is": "Its queries are put to indexes of earlier versions as they are; the "
+            "report says how much they find there.",
             "adapter": "The last modules map its queries to the oldest index.",
             "embed again": "Every index has to be made again with it.",
             "first version": "This is the first version: it made the index.",

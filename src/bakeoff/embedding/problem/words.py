@@ -35,6 +35,7 @@ from bakeoff.models.text_encoder import TextEncoder
 from bakeoff.study import Design, Designs, Metric, Trial, Work
 from bakeoff.study.checks import check_method, check_parameters, counting
 from bakeoff.study.measure import warnings_noted
+from bakeoff.study.rate_search import search_rate
 
 if TYPE_CHECKING:
     from bakeoff.embedding.lexical import LexicalSpecializer
@@ -662,20 +663,20 @@ class WordProblem:
             return {start: 0.0}
         lexicons = self.setting.validation
 
-        def score_at(rate: float) -> float:
+        def loss_at(rate: float) -> float:
             work.progress(0.0, f"trying the learning rate {rate:.3g}")
             try:
                 specializer = self._fit(design, rate, self._search_steps(), _SEARCH_SEED)
                 table = self._table(specializer, lexicons)
             except FloatingPointError:
-                return -math.inf
-            return float(
+                return math.inf
+            return -float(
                 np.mean([_ranked(lambda w, _: table.encode(w), one).mrr for one in lexicons])
             )
 
         def build(folder: Path) -> None:
-            tried = climb(score_at, start, factor=_FACTOR, reach=self.search_reach)
-            kept = [[rate, score] for rate, score in tried.items() if math.isfinite(score)]
+            tried = search_rate(loss_at, start, factor=_FACTOR, reach=self.search_reach)
+            kept = [[rate, -loss] for rate, loss in tried.items() if math.isfinite(loss)]
             if not kept:
                 raise FloatingPointError(
                     f"at every learning rate from {min(tried):.2g} to {max(tried):.2g}"
@@ -878,49 +879,6 @@ class _Loaded:
         return (type(self), ())
 
 
-def climb(
-    score_at: Callable[[float], float], start: float, *, factor: float = 3.0, reach: int = 2
-) -> dict[float, float]:
-    """Go up in steps for as long as it helps; if it does not help at all, go down.
-
-    Parameters
-    ----------
-    score_at
-        From a learning rate to a score, the higher the better; minus infinity where training
-        diverged.
-    start
-        Where to begin.
-    factor
-        Between one rate and the next.
-    reach
-        Most steps in one direction.
-
-    Returns
-    -------
-    dict of float to float
-        The scores of all rates that were tried, in order.
-
-    Examples
-    --------
-    >>> list(climb(lambda rate: -abs(rate - 9), 1.0, reach=4))
-    [1.0, 3.0, 9.0, 27.0]
-    >>> list(climb(lambda rate: -rate, 27.0))
-    [27.0, 81.0, 9.0, 3.0]
-    """
-    found = {start: score_at(start)}
-    for up in (True, False):
-        best = start
-        for step in range(1, reach + 1):
-            rate = start * factor**step if up else start / factor**step
-            found[rate] = score_at(rate)
-            if not found[rate] > found[best]:
-                break
-            best = rate
-        if best != start:
-            break
-    return found
-
-
 def n_trained_parameters(specializer: LexicalSpecializer) -> int:
     """Return how many parameters a fitted specialiser has trained.
 
@@ -1004,7 +962,9 @@ def _setting(
         missing = "no held-out synset" if not tasks else "no synset set aside for learning rates"
         raise DataError(
             f"{words.name}: {missing} has two words to ask for one another, in {pivot!r} and "
-            "another language or as synonyms: give more words, or another pivot or fraction"
+            f"another language or as synonyms; the file has {count(len(words), 'word')} of "
+            f"{count(words.n_synsets, 'synset')} in {listed(words.all_languages)}: give more "
+            "words or languages (in Python, another pivot or fraction)"
         )
     pairs = build_pairs(inner.train, max_per_language_pair=_MOST_PAIRS)
     with_pivot = Counter(

@@ -12,7 +12,6 @@ import copy
 import hashlib
 import json
 import math
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bakeoff._files import build_once, cache_directory, write_text
+from bakeoff._files import atomic_folder, build_once, cache_directory, folder_name, write_text
 from bakeoff.data.domain_texts import DomainTexts, Size
 from bakeoff.errors import BakeoffError, DataError
 from bakeoff.experts.problem.common import (
@@ -37,6 +36,7 @@ from bakeoff.models.packaged import is_packaged
 from bakeoff.models.small_gpt import SmallGPT
 from bakeoff.study import Design, Designs, Metric, Trial, Work
 from bakeoff.study.checks import check_method, check_parameters, counting
+from bakeoff.study.rate_search import search_rate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,10 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     ),
 }
 _SHARDED = ("pure-sharing", "tied-lora", "prolora", "mos")
-_INTEGERS = {"rank": 1, "times": 1, "r": 1, "private_rank": 0, "shards_per_vector": 1}
+_INTEGERS = {
+    **dict.fromkeys(("rank", "times", "r", "shards_per_vector", "chunks"), 1),
+    **dict.fromkeys(("private_rank", "unshared_rank"), 0),
+}
 # The paper's runs use 16 throughout. Without dropout: nothing here is read twice by default.
 _ALPHA = 16
 _WORKING_RANK = 4
@@ -92,6 +95,7 @@ _BASE_VERSION = 1
 # How a learning rate is looked for: on rows of the training texts that nothing trains on.
 _FACTOR = 3.0
 _REACH = 4
+_FARTHEST = _FACTOR ** (_REACH - 0.5)
 _VALIDATION_SHARE = 0.1
 _VALIDATION_ROWS = 64
 _SEARCH_SEED = 1_000_003
@@ -579,6 +583,8 @@ class AdapterProblem(DomainProblem):
                 if self._searches(design):
                     cost["search_tokens"] += len(rates) * self._search_tokens()
                     tried = f", the best of {len(rates)}"
+                    if not self.learning_rate / _FARTHEST < rate < self.learning_rate * _FARTHEST:
+                        tried += " and the last that was to be tried: others may be better still"
                     notes.append(f"Learning rate for {domain}: {rate:.3g}{tried}.")
             scores["loss"][domain] = after[domain]
             if "forgetting" in scores:
@@ -664,17 +670,18 @@ class AdapterProblem(DomainProblem):
             return mean if math.isfinite(mean) else math.inf
 
         def build(folder: Path) -> None:
-            tried = search_rate(loss_at, self.learning_rate)
+            tried = search_rate(loss_at, self.learning_rate, factor=_FACTOR, reach=_REACH)
             if all(math.isinf(loss) for loss in tried.values()):
                 raise BakeoffError(
                     f"design {design.name!r}: training diverged at every learning rate from "
                     f"{min(tried):.2g} to {max(tried):.2g}; give a lower learning_rate"
                 )
-            kept = [[rate, loss] for rate, loss in tried.items() if math.isfinite(loss)]
+            kept = [[rate, loss if math.isfinite(loss) else None] for rate, loss in tried.items()]
             write_text(folder / "rates.json", json.dumps(kept))
 
         found = build_once(cache_directory() / "adapters" / f"rates-{digest}", build)
-        return dict(json.loads((found / "rates.json").read_text("utf-8")))
+        kept = json.loads((found / "rates.json").read_text("utf-8"))
+        return {rate: math.inf if loss is None else loss for rate, loss in kept}
 
     # -- what leaves -----------------------------------------------------------------------------
 
@@ -707,7 +714,7 @@ class AdapterProblem(DomainProblem):
         artifact
             Its trial's folder.
         destination
-            The folder to write.
+            The folder to write; replaced if it exists.
         reason
             Why this design, for the README.
 
@@ -716,36 +723,45 @@ class AdapterProblem(DomainProblem):
         bool
             True: PEFT, or after full fine-tuning transformers, loads it by itself.
         """
-        for domain in self.targets:
-            name = folder_name(domain, self.targets)
-            shutil.copytree(artifact / name, destination / name, dirs_exist_ok=True)
-            if design.method == "full":
-                continue
-            base = self._exported_base(domain, destination)
-            for path in (destination / name).rglob("adapter_config.json"):
-                settings = json.loads(path.read_text("utf-8")) | {"base_model_name_or_path": base}
-                write_text(path, json.dumps(settings, indent=2, sort_keys=True))
-        write_text(destination / "README.md", self._read_me(design, destination, reason))
+        with atomic_folder(destination) as scratch:
+            for domain in self.targets:
+                name = folder_name(domain, self.targets)
+                shutil.copytree(artifact / name, scratch / name)
+                if design.method == "full":
+                    continue
+                base = self._exported_base(domain, scratch, destination)
+                for path in (scratch / name).rglob("adapter_config.json"):
+                    settings = json.loads(path.read_text("utf-8"))
+                    settings["base_model_name_or_path"] = base
+                    write_text(path, json.dumps(settings, indent=2, sort_keys=True))
+            write_text(scratch / "README.md", self._read_me(design, scratch, destination, reason))
         return True
 
-    def _exported_base(self, domain: str, destination: Path) -> str:
-        """Return where the base model of an exported adapter is, saving it if it is nowhere."""
+    def _exported_base(self, domain: str, scratch: Path, destination: Path) -> str:
+        """Return where the base model of an exported adapter will be, saving it if it is nowhere.
+
+        Files are written to `scratch`, which will become `destination`.
+        """
         if self.from_scratch:
-            folder = destination / folder_name(domain, self.targets) / "base"
-            shutil.copytree(self._pretrained(domain), folder, dirs_exist_ok=True)
-            return str(folder)
+            inside = Path(folder_name(domain, self.targets)) / "base"
+            shutil.copytree(self._pretrained(domain), scratch / inside)
+            return str(destination / inside)
         if self.n_layers is not None:
-            folder = destination / "base"
-            if not folder.is_dir():
-                self.save_model(self.start(0).to("cpu"), folder)
-            return str(folder)
+            if not (scratch / "base").is_dir():
+                self.save_model(self.start(0).to("cpu"), scratch / "base")
+            return str(destination / "base")
         named_by_files = is_packaged(self.base) or Path(self.base).exists()
         return str(self._base().path) if named_by_files else self.base
 
     def usage(self, destination: Path) -> list[str]:
         """Return lines of Python that use the winner in `destination`; they need no bakeoff."""
-        folder = destination / folder_name(self.targets[0], self.targets)
-        settings = folder / "adapter_config.json"
+        return self._usage(destination, destination)
+
+    def _usage(self, destination: Path, files: Path) -> list[str]:
+        """Return the lines for `destination`, whose files are in `files` as yet."""
+        name = folder_name(self.targets[0], self.targets)
+        folder = destination / name
+        settings = files / name / "adapter_config.json"
         adapted = settings.is_file()
         base = str(folder)
         if adapted:
@@ -765,7 +781,7 @@ class AdapterProblem(DomainProblem):
             "print(tokenizer.decode(written[0]))",
         ]
 
-    def _read_me(self, design: Design, destination: Path, reason: str) -> str:
+    def _read_me(self, design: Design, scratch: Path, destination: Path, reason: str) -> str:
         folders = [f"`{folder_name(name, self.targets)}/` ({name})" for name in self.targets]
         trained = self.trained_parameters(design)
         what = "model" if design.method == "full" else "adapter"
@@ -775,17 +791,17 @@ class AdapterProblem(DomainProblem):
             f"was {self.budget:,}, as LoRA of rank {self.rank} has.",
             reason,
             f"One {what} for each domain, trained on {self.texts.name}: {', '.join(folders)}.",
-            "```python\n" + "\n".join(self.usage(destination)) + "\n```",
+            "```python\n" + "\n".join(self._usage(destination, scratch)) + "\n```",
         ]
         if design.method in _SHARDED:
-            folder = destination / folder_name(self.targets[0], self.targets)
+            name = folder_name(self.targets[0], self.targets)
             large, small = (
-                (path / "adapter_model.safetensors").stat().st_size
-                for path in (folder, folder / "shards")
+                (scratch / path / "adapter_model.safetensors").stat().st_size
+                for path in (Path(name), Path(name) / "shards")
             )
             pools = [
                 "from bakeoff.experts import MoSConfig  # importing it makes the format known",
-                f"model = PeftModel.from_pretrained(model, {str(folder / 'shards')!r})",
+                f"model = PeftModel.from_pretrained(model, {str(destination / name / 'shards')!r})",
             ]
             parts += [
                 f"The adapter above is a plain LoRA, {large:,} bytes, that PEFT loads by itself. "
@@ -810,66 +826,6 @@ class _Made:
         return (type(self), ())
 
 
-def search_rate(
-    loss_at: Callable[[float], float],
-    start: float,
-    *,
-    factor: float = _FACTOR,
-    reach: int = _REACH,
-) -> dict[float, float]:
-    """Go up in steps for as long as it helps; if it does not help at all, go down.
-
-    Parameters
-    ----------
-    loss_at
-        From a learning rate to a loss; infinite where training diverged.
-    start
-        Where to begin.
-    factor
-        Between one rate and the next.
-    reach
-        Most steps in one direction.
-
-    Returns
-    -------
-    dict of float to float
-        The losses of all rates that were tried, in order.
-
-    Examples
-    --------
-    >>> list(search_rate(lambda rate: abs(rate - 9), 1.0))
-    [1.0, 3.0, 9.0, 27.0]
-    >>> list(search_rate(lambda rate: rate, 27.0, reach=2))
-    [27.0, 81.0, 9.0, 3.0]
-    """
-    found = {start: loss_at(start)}
-    for up in (True, False):
-        best = start
-        for step in range(1, reach + 1):
-            rate = start * factor**step if up else start / factor**step
-            found[rate] = loss_at(rate)
-            if not found[rate] < found[best]:
-                break
-            best = rate
-        if best != start:
-            break
-    return found
-
-
-def folder_name(domain: str, domains: Sequence[str]) -> str:
-    """Return a name for a domain's folder that any file system takes and no other domain has.
-
-    Examples
-    --------
-    >>> folder_name("Python code", ["Python code", "news"]), folder_name("../a", ["../a", "a"])
-    ('python-code', '1-a')
-    """
-    plain = [re.sub(r"[^\w]+", "-", name.lower()).strip("-") or "domain" for name in domains]
-    number = list(domains).index(domain)
-    clash = len(set(plain)) < len(plain) or "base" in plain  # base models are saved beside
-    return f"{number + 1}-{plain[number]}" if clash else plain[number]
-
-
 def _check_values(params: Mapping[str, Any]) -> None:
     """Refuse what the methods' own checks would not, or not by this name."""
     for name, least in _INTEGERS.items():
@@ -878,15 +834,16 @@ def _check_values(params: Mapping[str, Any]) -> None:
             raise DataError(f"{name} must be an integer of at least {least}, got {value!r}")
     if not isinstance(params.get("over_budget", False), bool):
         raise DataError(f"over_budget must be True or False, got {params['over_budget']!r}")
-    for name, low, high in (
-        ("learning_rate", 0.0, math.inf),
-        ("alpha", 0.0, math.inf),
-        ("dropout", -1.0, 1.0),
+    for name, needs in (
+        ("learning_rate", "positive"),
+        ("alpha", "positive"),
+        ("dropout", "at least 0 and below 1"),
     ):
         value = params.get(name, 0.5)
-        inside = isinstance(value, int | float) and not isinstance(value, bool)
-        if not inside or not low < value < high or (name == "dropout" and value < 0):
-            raise DataError(f"{name} is out of range: {value!r}")
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise DataError(f"{name} must be a number, {needs}, got {value!r}")
+        if not (0 <= value < 1 if name == "dropout" else 0 < value < math.inf):
+            raise DataError(f"{name} must be {needs}, got {value!r}")
 
 
 def _is_int(value: object) -> bool:
