@@ -94,3 +94,15 @@ def test_without_data_the_size_decides(folder):
     found = contest(options(folder, data=(), columns={}, size="smoke"), Console(quiet=True))
     assert found.problem.setting.held_out_languages == ("nl",)
     assert found.problem.setting.pivot == "en"
+
+
+def test_pivot_and_languages_held_out_are_the_users(folder):
+    found = contest(options(folder), Console(quiet=True)).problem.setting
+    language = found.held_out_languages[0]
+    other = next(one for one in found.words.all_languages if one not in (found.pivot, language))
+    asked = contest(options(folder, pivot=language, held_out=(other,)), Console(quiet=True))
+    assert asked.problem.setting.pivot == language
+    assert asked.problem.setting.held_out_languages == (other,)
+    for given in ({"pivot": "xx"}, {"held_out": ("xx",)}):
+        with pytest.raises(DataError, match="xx"):
+            contest(options(folder, **given), Console(quiet=True))

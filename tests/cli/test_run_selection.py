@@ -244,7 +244,7 @@ def test_wrong_arguments_are_exit_code_2(arguments, message):
 def test_options_of_selection_are_refused_by_embedding(option, value):
     done = CliRunner().invoke(app, ["run", "embedding", option, value])
     assert done.exit_code == 3
-    assert f"{option} makes no difference to embedding; leave it out" in done.output
+    assert f"{option} makes no difference to pooling; leave it out" in done.output
 
 
 @pytest.mark.model

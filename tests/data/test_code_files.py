@@ -31,6 +31,18 @@ def test_folders_tables_and_single_files(tmp_path):
     assert ids == ("c = 3\n", "B  = 1")
 
 
+def test_what_others_wrote_is_no_part_of_a_folder(tmp_path):
+    for place in ("src", ".git", "node_modules/x", "env/lib", "lib/site-packages", "a/__pycache__"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "code.py").write_text(f"# of {place}\n")
+    (tmp_path / "env" / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    hidden = tmp_path / ".project"  # asked for by its name
+    hidden.mkdir()
+    (hidden / "own.py").write_text("# own\n")
+    assert read_code([tmp_path])[0] == ("# of src\n",)
+    assert read_code([hidden])[0] == ("# own\n",)
+
+
 def test_a_sample_depends_on_content_alone(tmp_path):
     for number in range(20):
         (tmp_path / f"{number}.py").write_text(f"x = {number}\n")

@@ -122,8 +122,8 @@ def run(
         typer.Option(
             "--base",
             help="Base model: packaged name, folder, .gguf file or hub id. Default: smollm2-135m; "
-            "with --target a small GPT trained on the pool beforehand; for experts and adapters a "
-            "small decoder.",
+            "for embedding's other questions all-minilm-l6-v2; with --target a small GPT trained "
+            "on the pool beforehand; for experts and adapters a small decoder.",
         ),
     ] = None,
     embedder: Annotated[
@@ -196,7 +196,9 @@ def run(
     layers: Annotated[
         int | None,
         typer.Option(
-            "--layers", min=1, help="experts, adapters: keep only the base's first layers."
+            "--layers",
+            min=1,
+            help="embedding (domains), experts, adapters: keep only the base's first layers.",
         ),
     ] = None,
     match: Annotated[
@@ -207,6 +209,22 @@ def run(
         int | None,
         typer.Option(
             "--rank", min=1, help="adapters: as many trained parameters as LoRA of this rank has."
+        ),
+    ] = None,
+    pivot: Annotated[
+        str | None,
+        typer.Option(
+            "--pivot",
+            help="embedding (words): the language that all questions are from or into. Default: "
+            "the one with the most words.",
+        ),
+    ] = None,
+    hold_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--hold-out",
+            help="embedding (words): a language that nothing is trained on. Repeatable. Default: "
+            "some, if there are enough.",
         ),
     ] = None,
     designs: Annotated[
@@ -224,7 +242,8 @@ def run(
         typer.Option(
             "--train",
             help="What is trained: the head on frozen, cached states (embedding's default), "
-            "adapters, or all of the base model (selection's default).",
+            "adapters, or all of the base model (selection's default). Embedding's domains and "
+            "words know it by their designs, upgrades take head or full.",
         ),
     ] = None,
     steps: Annotated[
@@ -296,6 +315,8 @@ def run(
             layers=layers,
             match=match,
             rank=rank,
+            pivot=pivot,
+            held_out=tuple(hold_out or ()),
         ),
         reference=reference,
         seeds=seeds,

@@ -65,6 +65,8 @@ class Options:
     layers: int | None = None
     match: Literal["tokens", "flops"] | None = None
     rank: int | None = None
+    pivot: str | None = None
+    held_out: Sequence[str] = ()
 
 
 FAMILIES_OF: dict[str, tuple[str, ...]] = {
@@ -76,6 +78,8 @@ FAMILIES_OF: dict[str, tuple[str, ...]] = {
     "layers": ("embedding", "experts", "adapters"),
     "match": ("experts",),
     "rank": ("adapters",),
+    "pivot": ("embedding",),
+    "held_out": ("embedding",),
 }
 """Options that not every family knows, and the families that do; the others refuse them."""
 
@@ -191,7 +195,7 @@ def refuse(options: Options, unused: Sequence[str], why: str) -> None:
     why
         What follows the options' names in the message.
     """
-    names = {"learners": "learner", "columns": "column"}
+    names = {"learners": "learner", "columns": "column", "held_out": "hold-out"}
     given = [f"--{names.get(n, n).replace('_', '-')}" for n in unused if getattr(options, n)]
     if given:
         raise DataError(f"{' and '.join(given)} {why}")

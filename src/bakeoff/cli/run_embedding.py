@@ -17,14 +17,9 @@ if TYPE_CHECKING:
 
 DEMO_BUDGET: dict[str, Any] = {"steps": 40, "batch_size": 16, "max_length": 48}
 DEFAULT_BASE = "smollm2-135m"
-SELECTION_ONLY = (
-    "target",
-    "embedder",
-    "selector_model",
-    "budgets",
-    "learners",
-    "number",
-    "tokens",
+_UNUSED = (
+    *("target", "embedder", "selector_model", "budgets", "learners", "number", "tokens"),
+    *("layers", "pivot", "held_out"),
 )
 QUESTIONS = {
     "pooling": "",
@@ -48,7 +43,7 @@ def contest(options: Options, console: Console) -> Contest:
         return asked
     from bakeoff.embedding.problem import EmbeddingProblem, default_designs
 
-    refuse(options, SELECTION_ONLY, "makes no difference to embedding; leave it out")
+    refuse(options, _UNUSED, "makes no difference to pooling; leave it out")
     choose_designs(default_designs(), options.designs)  # a wrong name is told before any work
     console.print("reading data", style="dim")
     contents = _read(options)

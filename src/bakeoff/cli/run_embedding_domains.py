@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _UNUSED = (
     *("target", "task", "embedder", "selector_model", "train", "tokens", "budgets", "learners"),
-    *("number", "max_texts"),
+    *("number", "max_texts", "pivot", "held_out"),
 )
 _SIMPLEST = ("shared", "untrained")
 _ROLES = ("id", "text", "references", "domain", "group")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 SIMPLEST = ("replay", "untrained vectors")
 _UNUSED = (
     *("target", "task", "embedder", "selector_model", "budgets", "learners", "number", "tokens"),
-    *("max_length", "rank", "layers", "match"),
+    *("max_length", "layers", "pivot", "held_out"),
 )
 
 

@@ -36,6 +36,8 @@ def contest(options: Options, console: Console) -> Contest:
         "steps": options.steps,
         "batch_size": options.batch_size,
         "learning_rate": options.learning_rate,
+        "pivot": options.pivot,
+        "held_out_languages": options.held_out or None,
     }
     problem = WordProblem(
         options.size if data is None else data,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bakeoff.data.formats import PathLike, count, listed, read_table
@@ -10,6 +11,8 @@ from bakeoff.data.splits import normalise, sample
 from bakeoff.errors import DataError
 
 _TABLES = frozenset({".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv"})
+# Folders with code that is not the project's own.
+_OF_OTHERS = frozenset({"node_modules", "site-packages", "__pycache__"})
 _USUAL_NAMES = ("content", "code", "source", "text", "body")
 
 
@@ -26,8 +29,9 @@ def read_code(
     Parameters
     ----------
     paths
-        Folders, of which all files with one of `suffixes` are read; tables (Parquet, JSON Lines,
-        JSON, CSV, TSV), one text a row; other files, each one text in UTF-8.
+        Folders, of which all files with one of `suffixes` are read, but for those in hidden
+        folders, virtual environments, ``site-packages`` and ``node_modules``; tables (Parquet, JSON
+        Lines, JSON, CSV, TSV), one text a row; other files, each one text in UTF-8.
     suffixes
         Of the files in folders.
     column
@@ -76,11 +80,24 @@ def read_code(
     return texts, tuple(notes)
 
 
+def _own_files(folder: Path) -> Iterator[Path]:
+    """Yield a project's files without hidden folders, environments and what others wrote."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name not in _OF_OTHERS
+            and not Path(root, name, "pyvenv.cfg").is_file()
+        ]
+        yield from (Path(root, name) for name in names)
+
+
 def _texts(
     path: Path, suffixes: tuple[str, ...], column: str | None, notes: list[str]
 ) -> list[str]:
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
+        files = sorted(p for p in _own_files(path) if p.suffix in suffixes and p.is_file())
         if not files:
             raise DataError(f"{path}: no file in this folder ends with {listed(suffixes)}")
         texts = []
