@@ -277,6 +277,18 @@ def runnable(known: Designs, problem: ContestProblem, console: Console) -> Desig
     return Designs(kept)
 
 
+def unless_asked(
+    known: Designs, kept: Sequence[Design], why: str, problem: ContestProblem, console: Console
+) -> Designs:
+    """Return what runs of the designs kept, where nobody named any; say which others there are."""
+    from bakeoff.study import Designs
+
+    names = "; ".join(design.name for design in known if design not in kept)
+    console.print(f"left out: {names}", highlight=False)
+    console.print(f"  because: {why}; --designs takes them", highlight=False)
+    return runnable(Designs(kept), problem, console)
+
+
 def _default_reference(contest: Contest) -> str:
     names = [design.name for design in contest.chosen]
     return next(name for name in (*contest.simplest, names[0]) if name in names)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bakeoff.cli.run import Contest, Options, choose_designs, refuse, runnable
+from bakeoff.cli.run import Contest, Options, choose_designs, refuse, unless_asked
 from bakeoff.cli.run_experts import budget, domains
-from bakeoff.study import Designs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,10 +39,7 @@ def contest(options: Options, console: Console) -> Contest:
     problem = AdapterProblem(texts, **given)
     if options.designs is None:
         within = [design for design in known if not design.params.get("over_budget")]
-        names = "; ".join(design.name for design in known if design not in within)
-        console.print(f"left out: {names}", highlight=False)
-        console.print("  because: over the budget; --designs takes them", highlight=False)
-        chosen = runnable(Designs(within), problem, console)
+        chosen = unless_asked(known, within, "over the budget", problem, console)
 
     def usage(destination: Any, loads_anywhere: bool) -> list[str]:
         return problem.usage(destination)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bakeoff.cli.run import Contest, Options, choose_designs, refuse, runnable
+from bakeoff.cli.run import Contest, Options, choose_designs, refuse, unless_asked
 from bakeoff.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,10 +43,7 @@ def contest(options: Options, console: Console) -> Contest:
     )
     if options.designs is None:
         plain = domain_encoder_designs(variants=False)
-        names = "; ".join(design.name for design in known if design not in plain)
-        console.print(f"left out: {names}", highlight=False)
-        console.print("  because: variants; --designs takes them", highlight=False)
-        chosen = runnable(plain, problem, console)
+        chosen = unless_asked(known, plain, "variants", problem, console)
 
     def usage(destination: Any, loads_anywhere: bool) -> list[str]:
         return problem.usage(destination)

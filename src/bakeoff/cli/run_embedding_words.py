@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bakeoff.cli.run import Contest, Options, choose_designs, refuse, runnable
+from bakeoff.cli.run import Contest, Options, choose_designs, refuse, unless_asked
 from bakeoff.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,10 +48,7 @@ def contest(options: Options, console: Console) -> Contest:
     console.print(f"  from and into {setting.pivot}; languages held out: {held_out}", style="dim")
     if options.designs is None:
         plain = word_designs(variants=False)
-        names = "; ".join(design.name for design in known if design not in plain)
-        console.print(f"left out: {names}", highlight=False)
-        console.print("  because: variants; --designs takes them", highlight=False)
-        chosen = runnable(plain, problem, console)
+        chosen = unless_asked(known, plain, "variants", problem, console)
 
     def usage(destination: Path, loads_anywhere: bool) -> list[str]:
         return problem.usage(destination)
