@@ -63,9 +63,11 @@ def test_each_question_gives_a_table_a_report_and_a_winner(folder, tmp_path, que
     assert (out / "report.html").is_file()
     assert (out / "winner" / "README.md").is_file()
     assert list((out / "winner").glob("*.safetensors"))
+    (out / "winner" / "adapter.safetensors").write_bytes(b"of an earlier winner")
     again = invoke(*options(folder, *more))
     assert again.exit_code == 0
     assert json.loads((out / "results.json").read_text())["designs"] == results["designs"]
+    assert not (out / "winner" / "adapter.safetensors").exists()
 
 
 @pytest.mark.parametrize(
