@@ -1,5 +1,7 @@
 """F1max and its companions against a scan of all thresholds, official numbers and closed forms."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,14 +21,14 @@ from bakeoff.errors import DataError
 
 def by_scan(scores, labels):
     """Return the best F1 over all thresholds, and the lowest threshold that gives it."""
-    best = (-1.0, 0.0)
+    best = (Fraction(-1), 0.0)
     for threshold in sorted(set(scores)):
         called = [score >= threshold for score in scores]
         right = sum(c and y for c, y in zip(called, labels, strict=True))
-        f1 = 2 * right / (sum(called) + sum(labels))
-        if f1 > best[0] + 1e-12:
+        f1 = Fraction(2 * right, sum(called) + sum(labels))
+        if f1 > best[0]:
             best = (f1, threshold)
-    return best
+    return float(best[0]), best[1]
 
 
 @settings(deadline=None, max_examples=60)
@@ -48,6 +50,14 @@ def test_equals_a_scan_and_a_count_of_pairs(rows):
     negative = [s for s, y in rows if not y]
     wins = sum((p > n) + (p == n) / 2 for p in positive for n in negative)
     assert judged.roc_auc == pytest.approx(wins / len(positive) / len(negative))
+
+
+def test_thresholds_with_the_same_f1_give_the_lowest():
+    # Both thresholds have F1 2/3; as harmonic means of rounded ratios they differ.
+    scores = [-1.0] * 3 + [-0.5] * 9
+    labels = [0, 0, 1] + [0] * 4 + [1] * 5
+    assert f1_max(scores, labels)[0] == f1_at(scores, labels, -0.5) == 2 / 3
+    assert f1_max(scores, labels)[3] == -1.0
 
 
 def test_official_values():

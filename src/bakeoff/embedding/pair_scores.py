@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import precision_recall_curve, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from bakeoff.data.citations import LabelledPairs
 from bakeoff.errors import DataError
@@ -159,13 +159,20 @@ def f1_max(scores: ArrayLike, labels: ArrayLike) -> tuple[float, float, float, f
     True
     """
     values, truth = _checked(scores, labels)
-    precision, recall, thresholds = precision_recall_curve(truth, values)
-    # The curve's last point calls nothing positive and has no threshold.
-    precision, recall = precision[:-1], recall[:-1]
-    total = precision + recall
-    f1 = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
+    thresholds, starts = np.unique(np.sort(values), return_index=True)
+    called = len(values) - starts
+    positive = np.sort(values[truth == 1])
+    right = len(positive) - np.searchsorted(positive, thresholds, side="left")
+    # One division of whole numbers: thresholds with the same F1 give the same float, which the
+    # harmonic mean of two rounded ratios does not.
+    f1 = 2 * right / (called + len(positive))
     best = int(np.argmax(f1))
-    return float(f1[best]), float(precision[best]), float(recall[best]), float(thresholds[best])
+    return (
+        float(f1[best]),
+        float(right[best] / called[best]),
+        float(right[best] / len(positive)),
+        float(thresholds[best]),
+    )
 
 
 def f1_at(scores: ArrayLike, labels: ArrayLike, threshold: float) -> float:
