@@ -353,13 +353,31 @@ def test_named_columns_json_lists_and_integers(tmp_path):
     assert graph.pairs(min_cocitations=2).positives() == [("1", "3")]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_row_that_comes_again_is_left_out_with_a_note(tmp_path, kind):
+    rows = [
+        {"id": "1", "text": "lungs", "references": []},
+        {"id": "2", "text": "airways", "references": []},
+        {"id": "3", "text": "a survey", "references": ["1", "2"]},
+    ]
+    rows += [rows[2], rows[0]]
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    graph = read_citations(path)
+    assert list(graph.texts) == ["1", "2", "3"]
+    assert "2 rows left out: the same as an earlier one." in graph.notes
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("id,text\n1,a\n", "no column for 'references'. Columns found: 'id', 'text'"),
         ("id,text\n1,a\n", "or --column references=NAME on the command line"),
         ("id,text,references\n", "the file has no row"),
-        ("id,text,references\n1,a,\n1,b,\n", "line 3: id '1' comes a second time"),
+        ("id,text,references\n1,a,\n1,b,\n", "line 3: id '1' comes a second time with other"),
         ("id,text,references\n ,a,\n", "must hold an id"),
         ('id,text,references\n1,a,"[1"\n', "is not a JSON list"),
     ],

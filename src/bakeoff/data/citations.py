@@ -743,8 +743,8 @@ def read_citations(
     Raises
     ------
     DataError
-        If the file cannot be read, a column is missing, an id is blank or comes twice, or a cell is
-        not what its role needs; names the file and the place.
+        If the file cannot be read, a column is missing, an id is blank or comes twice with other
+        contents, or a cell is not what its role needs; names the file and the place.
 
     Examples
     --------
@@ -767,12 +767,18 @@ def read_citations(
     texts: dict[str, str] = {}
     references: dict[str, list[str]] = {}
     more: dict[str, dict[str, str]] = {"domain": {}, "group": {}}
+    first_seen: dict[str, dict[str, Any]] = {}
+    n_repeated = 0
     for row in rows:
         cells = {role: row.values.get(column) for role, column in roles.items()}
         place = f"{path}: {row.place}"
         key = _identifier(cells["id"], f"{place}: column {roles['id']!r}")
-        if key in texts:
-            raise DataError(f"{place}: id {key!r} comes a second time")
+        if key in first_seen and cells == first_seen[key]:
+            n_repeated += 1
+            continue
+        if key in first_seen:
+            raise DataError(f"{place}: id {key!r} comes a second time with other contents")
+        first_seen[key] = cells
         text = cells["text"]
         if text is not None and not isinstance(text, str):
             raise DataError(f"{place}: column {roles['text']!r} must be text, got {text!r}")
@@ -787,6 +793,8 @@ def read_citations(
         f"{path.name}: {count(len(texts), 'document')}, {len(cited & texts.keys()):,} of them "
         f"cited; {', '.join(f'{role} from column {column!r}' for role, column in roles.items())}."
     ]
+    if n_repeated:
+        notes.append(f"{count(n_repeated, 'row')} left out: the same as an earlier one.")
     if strange := sorted(cited - texts.keys()):
         notes.append(
             f"{count(len(strange), 'id')} referred to and not in the file, first {strange[0]!r}."
