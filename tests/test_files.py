@@ -1,5 +1,8 @@
 """Files and folders that are written wholly or not at all."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from bakeoff._files import atomic_folder, write_text
@@ -34,3 +37,21 @@ def test_an_interrupted_folder_leaves_what_was_there(tmp_path, error):
             half_written(path)
         assert list(tmp_path.iterdir()) == [target]
         assert [path.name for path in target.iterdir()] == ["old.txt"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_what_was_there(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    target.mkdir()
+    write_text(target / "old.txt", "old")
+    replace = os.replace
+
+    def refuse(source, destination):
+        if Path(source).name == "model" and Path(source).parent != tmp_path:
+            raise OSError("no")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="no"), atomic_folder(target):
+        pass
+    assert list(tmp_path.iterdir()) == [target]
+    assert [path.name for path in target.iterdir()] == ["old.txt"]

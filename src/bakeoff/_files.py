@@ -100,9 +100,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         inner = scratch / path.name
         inner.mkdir()
         yield inner
-        if path.exists():
-            os.replace(path, scratch / "before")
-        os.replace(inner, path)
+        before = scratch / "before"
+        try:
+            if path.exists():
+                os.replace(path, before)
+            os.replace(inner, path)
+        except BaseException:
+            if before.exists() and not path.exists():
+                os.replace(before, path)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
