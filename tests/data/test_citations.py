@@ -180,6 +180,28 @@ def test_no_document_is_in_two_parts():
     assert any(f"{len(positives) - inside} positive pairs left out" in note for note in split.notes)
 
 
+def test_each_part_has_its_share_of_the_documents():
+    references, texts, domains = random_graph(7, n=300, n_citing=4000)  # all are in many pairs
+    pairs = CoCitationPairs(references, texts, domains=domains)
+    n_documents = len({document for pair in pairs.positives() for document in pair})
+    split = pairs.split(test=0.5, validation=0.2)
+    for judged, share in ((split.test, 0.5), (split.validation, 0.2)):
+        n_judged = len({*judged.texts_a, *judged.texts_b})
+        assert n_judged / n_documents == pytest.approx(share, abs=0.02)
+
+
+def test_a_domain_with_few_negatives_is_balanced_all_the_same():
+    # One document cites all, so nearly everything goes together; another knows a few more pairs.
+    ids = [f"d{number:02}" for number in range(40)]
+    texts = {key: f"text of {key}" for key in ids}
+    references = {"most": ids[:36], "few": ids[34:]}
+    split = CoCitationPairs(references, texts).split(test=0.4, validation=0.4)
+    for judged in (split.test, split.validation):
+        assert judged.labels.mean() == 0.5
+        documents = {*judged.texts_a, *judged.texts_b}
+        assert len(judged) < len(documents) * (len(documents) - 1) / 2
+
+
 def test_a_split_depends_on_content_and_seed_only():
     references, texts, domains = random_graph(7, n=400, n_citing=900)
     shuffled = dict(reversed(texts.items()))

@@ -47,7 +47,7 @@ from bakeoff.embedding.domain_experts import (
     to_domain_experts,
     widen_feed_forward,
 )
-from bakeoff.embedding.ranking_losses import MNRLoss
+from bakeoff.embedding.ranking_losses import MNRLoss, MNRPlusLoss
 from bakeoff.errors import DataError, ModelError
 
 DOMAINS = ["copd", "cvd", "skin"]
@@ -256,6 +256,17 @@ def test_padding_does_not_route(routing):
     assert torch.allclose(Block(routing).run(padded, mask=mask)[:, :3], expected, atol=1e-5)
 
 
+def test_routers_begin_by_their_seed():
+    def gates(seed):
+        model = to_domain_experts(bert(), DOMAINS, routing="switch", seed=seed)
+        return torch.stack([layer.intermediate.gate.weight for layer in model.encoder.layer])
+
+    first = gates(1)
+    assert torch.equal(first, gates(1))
+    assert not torch.equal(first, gates(2))
+    assert not torch.equal(first[0], first[1])
+
+
 @pytest.mark.parametrize("routing", ["switch", "topk", "token_topk"])
 def test_learned_routing_in_a_model(routing, tmp_path):
     model = shaken(to_domain_experts(bert(), DOMAINS, routing=routing, seed=3))
@@ -397,6 +408,11 @@ def test_wider_blocks_give_what_they_gave_before_and_save_as_ever(kind, tmp_path
     assert torch.allclose(states(again), before, atol=1e-5)
     model.train()
     model(input_ids=IDS, attention_mask=MASK).last_hidden_state.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("output.dense.weight", "Wo.weight", "down_proj.weight")) and (
+            parameter.shape[1] == 3 * 24  # what reads the new units: they say something
+        ):
+            assert (parameter.grad[:, 24:].abs().sum(dim=0) > 0).all()
     with pytest.raises(DataError, match="factor must be at least 2"):
         widen_feed_forward(model, 1)
 
@@ -493,6 +509,36 @@ def test_the_token_replaces_the_first_or_stands_before_the_text(tmp_path):
     plain = other.tokenizer(["the cat", "dog"])["input_ids"]
     assert found[0].tolist() == [token, *plain[0]]
     assert found[1, : 1 + len(plain[1])].tolist() == [token, *plain[1]]
+
+
+def test_the_token_replaces_the_first_that_is_no_padding(tmp_path):
+    model = encoder(tmp_path, make=llama, padding_side="left", bos=True)
+    texts = ["the cat sat on the mat", "dog"]
+    plain = model.tokenizer(texts, padding=True, return_tensors="pt")
+    assert plain["attention_mask"][1, 0] == 0
+    expected = plain["input_ids"].clone()
+    token = model.tokenizer.convert_tokens_to_ids("[domain:cvd]")
+    for row, mask in enumerate(plain["attention_mask"].tolist()):
+        expected[row, mask.index(1)] = token
+    assert torch.equal(model[0].preprocess(texts, domain="cvd")["input_ids"], expected)
+
+
+def test_prompts_and_similarity_of_the_model_are_kept(tmp_path):
+    bert().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    base = SentenceTransformer(
+        modules=[Transformer(str(tmp_path)), Pooling(16, "mean")],
+        device="cpu",
+        prompts={"query": "the "},
+        default_prompt_name="query",
+        similarity_fn_name="dot",
+    ).eval()
+    expected = base.encode("cat")
+    model = DomainEncoder.from_model(base, DOMAINS)
+    assert model.prompts["query"] == "the "
+    assert model.similarity_fn_name == "dot"
+    assert np.allclose(model.encode("cat", domain="skin"), expected, atol=1e-5)
+    assert not np.allclose(model.encode("cat", domain="skin", prompt=""), expected, atol=1e-2)
 
 
 def test_tokens_are_added_once_and_begin_as_the_first_token():
@@ -682,6 +728,73 @@ def test_batches_are_of_one_domain_or_mixed(tmp_path):
 
     assert all(len(domains) == 1 for domains in domains_seen("by-domain"))
     assert sum(len(domains) == 2 for domains in domains_seen("mixed")) > 8
+
+
+def test_steps_are_those_of_adamw_with_warm_up_and_linear_decay(tmp_path):
+    # Under a constant gradient AdamW moves a weight by exactly the rate, after its decay.
+    model = encoder(tmp_path)
+    model.weight = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    path = []
+
+    class Constant(MNRLoss):
+        def _loss(self, queries, positives):
+            path.append(float(model.weight.detach()))
+            return model.weight + 0 * (queries.sum() + positives.sum())
+
+    options = {"steps": 6, "batch_size": 4, "learning_rate": 0.1}
+    train_cocitation(
+        model, problem()[0], loss=Constant(), warmup_steps=2, weight_decay=0.5, **options
+    )
+    expected = [1.0]
+    for share in (0, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4):
+        expected.append(expected[-1] * (1 - 0.1 * share * 0.5) - 0.1 * share)
+    assert [*path, model.weight.item()] == pytest.approx(expected, abs=1e-5)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    train_cocitation(model, problem()[0], loss=Constant(), **options)  # no warm-up, no decay
+    assert model.weight.item() == pytest.approx(1 - 0.1 * (6 + 5 + 4 + 3 + 2 + 1) / 6, abs=1e-5)
+
+
+def test_what_is_auxiliary_is_added_and_dropout_is_on(tmp_path):
+    train, validation = problem()
+    training = []
+
+    def losses(value, **options):
+        model = encoder(tmp_path / "base")
+
+        def auxiliary(ids):
+            training.append(model.training)
+            return torch.tensor(value)
+
+        return train_cocitation(
+            model, train, validation, steps=3, batch_size=6, evaluate_every=2, auxiliary=auxiliary,
+            **options,
+        )  # fmt: skip
+
+    plain, more = losses(0.0), losses(5.0)
+    assert more.losses == pytest.approx([loss + 5 for loss in plain.losses], rel=1e-5)
+    assert len(training) == 6
+    assert all(training)
+    assert [step for step, _ in plain.validation] == [0, 2, 3]  # the last step counts
+    assert losses(0.0, loss=MNRPlusLoss()) == plain
+    assert losses(0.0, loss=MNRLoss()) != plain
+
+
+def test_a_learned_router_learns_its_domains(tmp_path):
+    model = encoder(tmp_path, routing="switch")
+    backbone = model[0].auto_model
+    losses = []
+
+    def auxiliary(ids):
+        value = routing_loss(backbone, ids)
+        losses.append(float(value.detach()))
+        return value
+
+    train_cocitation(
+        model, problem()[0], steps=30, batch_size=10, learning_rate=1e-2, auxiliary=auxiliary
+    )
+    assert losses[0] > np.log(3)
+    assert np.mean(losses[-5:]) < 0.8  # that the third never comes, it knows: log 2
 
 
 def test_training_stops_when_validation_does_not_improve(tmp_path, monkeypatch):

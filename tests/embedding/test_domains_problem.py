@@ -2,13 +2,16 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
@@ -25,6 +28,9 @@ from tests.embedding.tiny_domains import (
 
 from bakeoff._files import folder_name
 from bakeoff.data.citations import CitationGraph, LabelledPairs
+from bakeoff.embedding.cocitation_training import CoCitationHistory
+from bakeoff.embedding.domain_encoder import with_domains
+from bakeoff.embedding.domain_experts import experts_of, routing_loss
 from bakeoff.embedding.pair_scores import f1_max
 from bakeoff.embedding.problem.domain_pairs import (
     DomainJudge,
@@ -41,6 +47,7 @@ from bakeoff.embedding.problem.domains import (
     domain_encoder_designs,
     shared_out,
 )
+from bakeoff.embedding.ranking_losses import MNRLoss, MNRPlusLoss
 from bakeoff.errors import BakeoffError, DataError
 from bakeoff.study import Design, Work
 
@@ -201,8 +208,6 @@ TEXTS = ["Read a file, a line.", "write a FILE", "open a socket", "close it", "r
 def test_bm25_is_its_formula_in_both_directions():
     more = ["close the file", "read"]
     found = word_similarities("bm25", TEXTS, more)(np.arange(5))
-    import re
-
     words = [re.findall(r"\w+", text.lower()) for text in TEXTS + more]
     mean = np.mean([len(text) for text in words])
 
@@ -236,12 +241,42 @@ def test_bm25_is_that_of_bm25s():
     assert ours == pytest.approx(2.5 * (theirs + theirs.T) / 2, rel=1e-5)
 
 
+def test_tf_idf_is_its_formula():
+    more = ["close the file", "read"]
+    found = word_similarities("tf-idf", TEXTS, more)(np.arange(5))
+    words = [re.findall(r"\w+", text.lower()) for text in TEXTS + more]
+    known = sorted({word for text in words for word in text})
+    idf = {word: 1 + np.log(8 / (1 + sum(word in text for text in words))) for word in known}
+    vectors = np.array(
+        [
+            [idf[w] * (1 + np.log(text.count(w))) if w in text else 0.0 for w in known]
+            for text in words[:5]
+        ]
+    )
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert found == pytest.approx(vectors @ vectors.T)
+
+
 def test_tf_idf_and_texts_without_words():
     found = word_similarities("tf-idf", TEXTS, [])(np.arange(5))
     assert np.diag(found) == pytest.approx(np.ones(5))
     assert found[1, 3] == 0 < found[0, 1]
     for kind in ("tf-idf", "bm25"):
         assert not word_similarities(kind, ["...", "!"], [])(np.arange(2)).any()
+
+
+@pytest.mark.parametrize("name", ["TF-IDF", "BM25"])
+def test_words_are_weighed_in_the_domains_training_texts_too(encoder, tmp_path, name):
+    made = problem(encoder)
+    trial = run(made, ALL[name], 0, tmp_path / "a")
+    for train in made.data.split.train:
+        test = made.data.split.test.of_domain(train.group)
+        judge = DomainJudge(test, made.data.related[train.group])
+        found = word_similarities(
+            ALL[name].method, judge.documents, [*train.queries, *train.positives]
+        )
+        for metric, units in judge.scores(found).items():
+            assert np.array_equal(trial.scores[metric][train.group], units)
 
 
 # --- data -------------------------------------------------------------------------------------
@@ -255,9 +290,11 @@ def test_pairs_of_a_graph_know_what_is_no_wrong_answer():
     assert data.domains == DOMAINS
     by_text = {text: key for key, text in made.texts.items()}
     citing = [set(cited) for cited in made.references.values()]
-    for domain, found in data.related.items():
-        test = data.split.test.of_domain(domain)
-        judged = {*test.texts_a, *test.texts_b}
+    for part, (domain, found) in product(
+        (data.split.test, data.split.validation), data.related.items()
+    ):
+        own = part.of_domain(domain)
+        judged = {*own.texts_a, *own.texts_b}
         for a in judged:
             for b in judged:
                 if a < b:
@@ -432,6 +469,140 @@ def test_the_wrong_domain_is_the_same_by_itself_and_beside_the_right_one(
     assert beside.artifact is None
     assert beside.notes == ("Every text was taken for one of another domain: cats as dogs, dogs as "
                             "cats.",)  # fmt: skip
+
+
+def trained_with(made, design, monkeypatch, folder, seed=3):
+    """Return what each training of a design was asked for."""
+    asked = []
+
+    def note(model, groups, validation, **options):
+        asked.append((model, groups, validation, options))
+        return CoCitationHistory((), (), (), 0, False, 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bakeoff.embedding.cocitation_training.train_cocitation", note)
+        run(made, design, seed, folder)
+    return asked
+
+
+def test_designs_train_as_they_say(encoder, tmp_path, monkeypatch):
+    made = problem(encoder, keep_models=False, evaluate_every=2)
+    split = made.data.split
+    for number, name in enumerate(TRAINED):
+        design = ALL[name]
+        asked = trained_with(made, design, monkeypatch, tmp_path / str(number))
+        alone = design.method in ("single-domain", "lora-per-domain")
+        assert len(asked) == (2 if alone else 1)
+        prompts = "prompts" in name
+        for domain, (model, groups, validation, options) in zip(DOMAINS, asked, strict=False):
+            loss = options["loss"]
+            dots = "dot products" in name or "paper" in name
+            assert type(loss) is MNRPlusLoss
+            assert (loss.scale, loss.normalize) == ((1.0, False) if dots else (20.0, True))
+            assert options["batching"] == ("by-domain" if "batches" in name else "mixed")
+            rate = 0.1 if design.method == "lora-per-domain" else 0.01
+            assert options["learning_rate"] == pytest.approx(rate)
+            assert options["patience"] > options["steps"] // 2  # never too early
+            assert (options["seed"], options["evaluate_every"]) == (3, 2)
+            kinds = [type(module).__name__ for module in model]
+            last = ["TanhPooling"] if "paper" in name else ["Pooling", "Normalize"]
+            assert kinds[1:] == (["Pooling"] if "dot products" in name else last)
+            own = [group for group in split.train if not alone or group.group == domain]
+            judged = split.validation.of_domain(domain) if alone else split.validation
+            assert [group.group for group in groups] == [group.group for group in own]
+            for group, plain in zip(groups, own, strict=True):
+                told = f"{group.group}: " if prompts else ""
+                assert group.queries == tuple(told + text for text in plain.queries)
+                assert group.positives == tuple(told + text for text in plain.positives)
+            for found, plain in ((validation.texts_a, judged.texts_a),
+                                 (validation.texts_b, judged.texts_b)):  # fmt: skip
+                told = [f"{name}: " if prompts else "" for name in judged.domains]
+                assert found == tuple(a + b for a, b in zip(told, plain, strict=True))
+            config = experts_of(model[0].auto_model) if not alone else None
+            assert (config is not None) == (design.method == "domain-experts")
+            if config is not None:
+                assert config.layers == ((1,) if "middle" in name else "all")
+            auxiliary = options["auxiliary"]
+            learned = design.params.get("routing", "enforced") != "enforced"
+            assert (auxiliary is not None) == learned
+            if auxiliary is not None:
+                model(model.preprocess(with_domains(["the cat", "dog"], DOMAINS)))
+                ids = torch.tensor([0, 1])
+                expected = 0.01 * routing_loss(model[0].auto_model, ids)
+                assert torch.isclose(auxiliary(ids), expected)
+    design = Design("x", "shared", {"loss": "mnr", "scale": 7.0})
+    (only,) = trained_with(problem(encoder), design, monkeypatch, tmp_path / "x")
+    assert type(only[3]["loss"]) is MNRLoss
+    assert only[3]["loss"].scale == 7.0
+    assert only[2] is None  # without evaluations the last weights are kept
+
+
+def test_new_weights_are_drawn_by_the_seed(encoder, tmp_path, monkeypatch):
+    made = problem(encoder, keep_models=False)
+    for name in ("LoRA per domain", "domain experts, the paper's pooling", "domain experts, switch",
+                 "wider"):  # fmt: skip
+        states = []
+        for number, seed in enumerate((0, 0, 1)):
+            folder = tmp_path / name / str(number)
+            (model, *_), *_ = trained_with(made, ALL[name], monkeypatch, folder, seed)
+            states.append(model.state_dict())
+        first, again, other = states
+        assert all(torch.equal(value, again[key]) for key, value in first.items())
+        assert not all(torch.equal(value, other[key]) for key, value in first.items())
+
+
+def test_rates_are_looked_for_by_validation_documents_of_each_design(
+    encoder, tmp_path, monkeypatch
+):
+    made = problem(encoder, learning_rates=(3e-3, 1e-12), keep_models=False)
+    judges = made._judges("validation")
+    trained, seen = made._trained, []
+
+    def note(design, rate, steps, seed, documents, progress, **options):
+        seen.append((design.name, rate, steps))
+        assert documents == {domain: judge.documents for domain, judge in judges.items()}
+        return trained(design, rate, steps, seed, documents, progress, **options)
+
+    monkeypatch.setattr(made, "_trained", note)
+    for name in ("shared", "wider"):
+        assert made._rate(ALL[name], Work(tmp_path)) in made.learning_rates
+    assert seen == [(name, rate, 2) for name in ("shared", "wider") for rate in (1e-12, 3e-3)]
+
+
+def test_nothing_in_the_cache_is_taken_for_something_else(encoder, tmp_path, monkeypatch):
+    wrong = ALL["domain experts, wrong domain"]
+    asked = [
+        ({}, ALL["untrained"], 0),
+        ({"max_length": 4}, ALL["untrained"], 0),
+        ({"n_layers": 1}, ALL["untrained"], 0),
+        ({"data": pairs(seed=1)}, ALL["untrained"], 0),
+        ({}, wrong, 0),
+        ({}, wrong, 1),
+        ({"steps": 2}, wrong, 0),
+    ]
+
+    def all_of_them(folder):
+        return [
+            run(problem(encoder, keep_models=False, **changes), design, seed, folder / str(number))
+            for number, (changes, design, seed) in enumerate(asked)
+        ]
+
+    one_cache = all_of_them(tmp_path / "one")
+    for number, (changes, design, seed) in enumerate(asked):
+        monkeypatch.setenv("BAKEOFF_CACHE", str(tmp_path / f"cache {number}"))
+        own = run(problem(encoder, keep_models=False, **changes), design, seed,
+                  tmp_path / f"own {number}")  # fmt: skip
+        same(one_cache[number], own)
+    assert len({str(means(trial)) for trial in one_cache}) == len(asked)
+
+
+def test_the_first_layers_are_kept(encoder):
+    whole, short = problem(encoder)._base[0].auto_model, problem(encoder, n_layers=2)._base[0]
+    assert len(short.auto_model.encoder.layer) == 2
+    for own, first in zip(short.auto_model.encoder.layer, whole.encoder.layer[:2], strict=True):
+        assert all(
+            torch.equal(a, b) for a, b in zip(own.parameters(), first.parameters(), strict=True)
+        )
 
 
 def test_a_rate_is_chosen_on_validation_pairs_once(encoder, tmp_path, monkeypatch):
@@ -609,9 +780,10 @@ def test_facts_depend_on_what_scores_depend_on(encoder):
     prints = {
         problem(encoder, **changes).fingerprint()
         for changes in ({}, {"steps": 5}, {"batch_size": 5}, {"learning_rates": (1e-3,)},
-                        {"max_length": 13}, {"evaluate_every": 1}, {"data": pairs(seed=1)})
+                        {"max_length": 13}, {"evaluate_every": 1}, {"data": pairs(seed=1)},
+                        {"search_share": 0.4}, {"n_layers": 1})
     }  # fmt: skip
-    assert len(prints) == 7
+    assert len(prints) == 9
     assert problem(encoder, keep_models=False).fingerprint() in prints
     facts = DomainEncoderProblem(pairs(), base=encoder).describe()
     assert set(facts["data"]) == set(DOMAINS)

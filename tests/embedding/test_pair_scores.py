@@ -95,6 +95,22 @@ def test_similarity_ratio_and_correctness_per_pair():
     assert judged.correct(0.8).tolist() == [True, False, True, True]
 
 
+def test_the_ratio_has_no_sign_and_scores_are_cut_at_the_range_of_a_cosine():
+    assert pair_scores([0.6, -0.2], [1, 0]).similarity_ratio == pytest.approx(3)
+    judged = pair_scores([1.0000001, 3.0, -7.0], [1, 0, 0])
+    assert judged.scores.tolist() == [1.0, 1.0, -1.0]
+    assert judged.roc_auc == 0.75  # what was cut is equal
+    assert (judged.f1, judged.threshold) == (2 / 3, 1.0)
+
+
+def test_cosines_leave_their_range_not_even_by_rounding():
+    vectors = np.random.default_rng(0).standard_normal((500, 7))
+    lengths = np.linalg.norm(vectors, axis=1)
+    assert (np.einsum("nd,nd->n", vectors, vectors) / lengths**2).max() > 1  # without care
+    assert pair_cosines(vectors, vectors).max() == 1.0
+    assert pair_cosines(vectors, -3 * vectors).min() == -1.0
+
+
 def test_by_domain_has_thresholds_of_its_own():
     judged = pair_scores([0.9, 0.8, 0.2, 0.1], [1, 0, 1, 0], ["a", "a", "b", "b"])
     assert judged.f1 == 2 / 3 or judged.f1 == pytest.approx(0.8)

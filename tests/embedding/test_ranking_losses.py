@@ -80,6 +80,14 @@ def test_column_targets_are_of_the_row_wise_softmax():
     assert columns.tolist() != similarity.argmax(dim=0).tolist()
 
 
+def test_targets_are_of_the_mean_similarity_and_not_of_the_sum():
+    first, second = drawn(3, (8, 3), 0.5).double(), drawn(103, (8, 3), 0.5).double()
+    sums = first @ first.T + second @ second.T
+    columns = [(factor * sums).softmax(dim=1).argmax(dim=0).tolist() for factor in (0.5, 1)]
+    assert columns[0] != columns[1]
+    assert mnr_plus_targets(first, second)[1].tolist() == columns[0]
+
+
 def test_normalised_mnr_plus_is_symmetric_mnr():
     first, second = batch(common_mean=False)
     expected = (
