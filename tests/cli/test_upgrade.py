@@ -41,6 +41,23 @@ def test_a_compatible_model_skips():
     assert json.loads(json.dumps(advice, allow_nan=False)) == advice
 
 
+def test_an_old_index_that_is_better_than_a_new_one_is_kept():
+    advice, _ = found((BLURRED, MEANING), (ASKED, MEANING + 2 * OTHER))
+    assert advice["options"]["skip re-indexing"]["verdict"] == "better"
+    assert advice["advice"] == "skip re-indexing"
+
+
+def test_intervals_have_the_confidence_that_was_asked_for():
+    _, result = found((BLURRED, MEANING), (ASKED, MEANING + 0.5 * OTHER))
+    narrow, wide = (advise(result, alpha=alpha) for alpha in (0.3, 0.01))
+    for name in ("today", "skip re-indexing"):
+        (low, high), (lower, higher) = (
+            each["options"][name]["interval"] for each in (narrow, wide)
+        )
+        assert lower < low < narrow["options"][name]["difference"] < high < higher
+    assert "70% interval" in " ".join(narrow["reasons"])
+
+
 def test_a_rotated_model_needs_an_adapter_and_gets_the_better_one():
     advice, result = found((BLURRED, MEANING), (ASKED @ TURN, MEANING @ TURN), n_pairs=200)
     assert advice["advice"] == "adapter"

@@ -351,6 +351,50 @@ def test_a_sample_holds_all_relevant_documents_and_costs_are_for_all():
         assert np.array_equal(option.per_query["mrr@10"], again.options[name].per_query["mrr@10"])
 
 
+def test_times_are_per_text_and_costs_for_the_whole_index(monkeypatch):
+    old, new, about = service()
+    now = [0.0]
+
+    def embed(these):
+        rows = [int(text.split()[1]) for text in these]
+        now[0] += (0.25 if these[0].startswith("query") else 2.0) * len(rows)
+        return new[0 if these[0].startswith("query") else 1][rows]
+
+    monkeypatch.setattr("bakeoff.embedding.upgrade.time.perf_counter", lambda: now[0])
+    texts = [f"document {i}" for i in range(300)]
+    result = evaluate_upgrade(
+        None, embed, StoredIndex(texts, old[1]), [f"query {i}" for i in range(60)],
+        relevant=about, n_documents=100, n_pairs=50,
+    )  # fmt: skip
+    assert result.query_seconds == {"new": pytest.approx(0.25)}
+    seconds = {name: option.seconds_to_embed for name, option in result.options.items()}
+    assert seconds == {
+        "skip re-indexing": 0.0, "procrustes": 100.0, "ridge": 100.0, "re-index": 600.0,
+    }  # fmt: skip
+
+
+def test_the_seed_chooses_the_documents_that_are_searched():
+    old, new, about = service()
+    needed = set(about.tolist())
+
+    def searched(seed):
+        rows = []
+
+        class Spy(SkipReindex):
+            def fit(self, new_rows, old_rows):
+                rows.extend(np.round(row, 4).tobytes() for row in new_rows)
+                return super().fit(new_rows, old_rows)
+
+        evaluate_upgrade(
+            old, new, None, None, relevant=about, n_documents=len(needed) + 30, n_pairs=20,
+            adapters={"spy": Spy()}, seed=seed,
+        )  # fmt: skip
+        return rows
+
+    assert searched(1) == searched(1)
+    assert set(searched(1)) != set(searched(2))
+
+
 def test_adapters_are_fitted_on_documents_that_are_not_judged():
     old, new, about = service()
     seen = {}
@@ -427,6 +471,15 @@ def test_stored_vectors_of_another_model_are_noticed():
             embed((0, new[1][:, :5])), embed(new), StoredIndex(texts, old[1]), queries,
             relevant=about,
         )  # fmt: skip
+
+
+def test_an_index_that_is_right_in_its_first_row_alone_is_noticed():
+    old, _, about = service()
+    order = np.concatenate([[0], np.random.default_rng(0).permutation(np.arange(1, 300))])
+    embed = lambda t: old[1][[int(one) for one in t]]  # noqa: E731
+    index = StoredIndex([str(i) for i in range(300)], old[1][order])
+    with pytest.warns(UserWarning, match="not in the order of its texts"):
+        evaluate_upgrade(embed, embed, index, [str(i) for i in about], relevant=about)
 
 
 def test_upgrade_bad_input():
@@ -608,6 +661,26 @@ def test_models_with_roles_and_texts_that_are_cut(tmp_path):
     result = evaluate_upgrade(None, base, index, queries, relevant=[0, 2], k=2, adapters={})
     (note,) = (note for note in result.notes if "cut off" in note)
     assert "of 4 documents are longer than the new model's 8 tokens" in note
+
+
+def test_queries_and_documents_have_prompts_of_their_own(tmp_path):
+    model = embedder(tmp_path / "base", MeanPooling(16))
+    model.prompts = {"query": "find : ", "document": "under the "}
+    texts, queries = [" ".join(TEXTS[: n + 1]) for n in range(4)], [TEXTS[0], TEXTS[2]]
+    index = StoredIndex(texts, model.encode_document(texts))
+    assert np.abs(index.vectors - model.encode(texts)).max() > 0.01
+    result = evaluate_upgrade(model, model, index, queries, relevant=[0, 2], k=4, adapters={})
+    assert not any("reproduce" in note for note in result.notes)
+    similarity = unit(model.encode_query(queries)) @ unit(index.vectors).T
+    ranks = np.array([(similarity[i] >= similarity[i, a]).sum() for i, a in enumerate((0, 2))])
+    for name in ("today", "skip re-indexing", "re-index"):
+        assert np.allclose(result.options[name].per_query["mrr@4"], 1 / ranks)
+    # Judged by agreement with documents under the wrong prompt, these would not be all found.
+    made = evaluate_upgrade(None, model, index, queries, k=2, adapters={})
+    assert (made.options["skip re-indexing"].per_query["agreement@2"] == 1).all()
+    bare = StoredIndex(texts, model.encode(texts))
+    with pytest.warns(UserWarning, match="or with a prompt"):
+        evaluate_upgrade(model, model, bare, queries, relevant=[0, 2], k=2, adapters={})
 
 
 @pytest.mark.model

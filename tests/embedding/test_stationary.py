@@ -1,6 +1,8 @@
 """Simplex geometry in closed form, values of the released code, and updates that must hold."""
 
+import copy
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -26,11 +28,12 @@ from bakeoff.embedding.stationary import (
     compatible_loss,
     simplex,
 )
-from bakeoff.embedding.stationary_head import StationaryHead
+from bakeoff.embedding.stationary_head import StationaryHead, _batches
 from bakeoff.embedding.stationary_text import (
     FEATURES,
     CompatibleEncoderLoss,
     StationaryProjection,
+    _mixed_batches,
     compatible_dataset,
     fit_stationary_encoder,
     plain_encoder,
@@ -112,6 +115,15 @@ def test_control_geometries(geometry, width):
     assert not torch.equal(SimplexClassifier(12, geometry=geometry, seed=4).weight, weight)
     features = torch.randn(2, width)
     assert torch.allclose(classifier(features), features @ weight.T, atol=1e-6)
+
+
+def test_logits_of_known_classes_are_in_the_order_in_which_they_came():
+    classifier = SimplexClassifier(8)
+    classifier.add(["b", "a", 2])
+    features = torch.randn(3, 7)
+    assert torch.allclose(
+        classifier.known_logits(features), features @ simplex(8)[[7, 6, 5]].T, atol=1e-6
+    )
 
 
 # Slots --------------------------------------------------------------------------------------------
@@ -574,6 +586,81 @@ def test_every_batch_of_an_update_has_two_classes(digits):
     assert np.isfinite(head.loss_curve_).all()
 
 
+def cosine_rate(rate, last, step, n_steps):
+    return last + (rate - last) * (1 + math.cos(math.pi * step / n_steps)) / 2
+
+
+def test_an_update_takes_the_steps_of_the_released_loop(digits):
+    # By hand: momentum, decay of matrices alone, cosine by epoch, half memory, and the loss.
+    X, y = digits
+    settings_ = {
+        "n_slots": 32, "hidden": (16,), "epochs": 4, "batch_size": 16, "lam": 0.3, "mu": 4.0,
+        "same_class": "drop", "learning_rate": 0.1, "final_learning_rate": 0.05,
+        "momentum": 0.8, "weight_decay": 0.1, "memory_per_class": 3,
+    }  # fmt: skip
+    first = StationaryHead(**settings_).fit(X[:40], y[:40])
+    updated = first.version().partial_fit(X[40:80], y[40:80])
+
+    network = copy.deepcopy(first.network_)
+    assert [name for name, _ in network.named_parameters()] == ["0.weight", "0.bias", "2.weight"]
+    rows = torch.cat([torch.from_numpy(X[40:80]), first.memory_[0]])
+    slots = torch.tensor([31 - label for label in [*y[40:80].tolist(), *first.memory_[1]]])
+    old = torch.from_numpy(first.features(rows.numpy()))
+    generator = torch.Generator().manual_seed(0)
+    velocity = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+    losses = []
+    for epoch in range(4):
+        rate = cosine_rate(0.1, 0.05, epoch, 4)
+        batches = _batches(40, slots, 16, generator, mixed=True)
+        assert [(batch < 40).sum() for batch in batches] == [
+            (batch >= 40).sum() for batch in batches
+        ]
+        for batch in batches:
+            z = network(rows[batch])
+            entropy = torch.nn.functional.cross_entropy(z @ simplex(32).T, slots[batch])
+            loss = 0.3 * entropy + 0.7 * HOCLoss(4, "drop")(z, old[batch], slots[batch])
+            losses.append(float(loss.detach()))
+            gradients = torch.autograd.grad(loss, list(network.parameters()))
+            with torch.no_grad():
+                for (name, p), gradient in zip(network.named_parameters(), gradients, strict=True):
+                    decayed = gradient + 0.1 * p * (p.dim() > 1)
+                    velocity[name] = 0.8 * velocity[name] + decayed
+                    p -= rate * velocity[name]
+    assert updated.loss_curve_ == pytest.approx(np.reshape(losses, (4, -1)).mean(axis=1), abs=1e-4)
+    for mine, theirs in zip(network.parameters(), updated.network_.parameters(), strict=True):
+        assert (mine - theirs).abs().max() < 1e-5
+
+
+def test_memory_is_a_random_choice_of_every_class(digits):
+    X, y = digits
+    one, other = (
+        StationaryHead(**{**SMALL, "epochs": 1}, random_state=seed, memory_per_class=4).fit(
+            X[:200], y[:200]
+        )
+        for seed in (0, 1)
+    )
+    first_four = np.concatenate([X[:200][y[:200] == label][:4] for label in range(10)])
+    for head in (one, other):
+        rows, labels = head.memory_
+        assert labels == [label for label in range(10) for _ in range(4)]
+        assert len({row.numpy().tobytes() for row in rows}) == 40
+        for row, label in zip(rows.numpy(), labels, strict=True):
+            assert (X[:200][y[:200] == label] == row).all(axis=1).any()
+        assert not np.array_equal(rows, first_four)
+    assert not torch.equal(one.memory_[0], other.memory_[0])
+
+
+def test_a_replacement_from_elsewhere_goes_on_from_the_service_s_end(digits):
+    X, y = digits
+    settings_ = {**SMALL, "epochs": 1}
+    elsewhere = StationaryHead(**settings_, from_end=False).fit(X[:100], y[:100])
+    replaced = StationaryHead(**settings_).fit(X[:100], y[:100] + 50, previous=elsewhere)
+    assert dict(replaced.classifier_.slots) == {
+        **{label: label for label in range(10)},
+        **{50 + label: 31 - label for label in range(10)},
+    }
+
+
 # Text encoders ------------------------------------------------------------------------------------
 
 LABELS = ["cat", "dog", "tree", "dog"]
@@ -677,6 +764,114 @@ def test_update_moves_new_vectors_to_the_stored_ones(text_model, tmp_path, freez
     assert (len(changed) == 1) == freeze
     assert all(p.requires_grad for p in new.parameters())
     assert not new.training
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_training_of_an_encoder_takes_the_stated_steps(text_model, freeze):
+    # AdamW at two rates, cosine by step, texts under the default prompt, and the loss.
+    text_model.prompts["query"] = "find : "
+    text_model.default_prompt_name = "query"
+    texts = [*TEXTS, "the tree", "a red mat", "the cat ran"]
+    labels = ["cat", "dog", "tree", "dog", "tree", "mat", "cat"]
+    old = np.random.default_rng(0).normal(size=(7, 11)).astype(np.float32)
+    model = stationary_encoder(text_model, 12)
+    mine = copy.deepcopy(model)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    history = fit_stationary_encoder(
+        model, texts, labels, old=old, freeze_encoder=freeze, epochs=3, batch_size=3, seed=5,
+        lam=0.4, mu=3.0, same_class="drop", weight_decay=5.0, learning_rate=1e-3,
+        projection_learning_rate=1e-2,
+    )  # fmt: skip
+
+    projection = projection_of(mine)
+    inner = list(projection.parameters())
+    outer = [p for p in mine.parameters() if all(p is not one for one in inner)]
+    groups = [{"params": inner}, *([] if freeze else [{"params": outer}])]
+    optimizer = torch.optim.AdamW(groups, weight_decay=5.0)
+    # Slots are given in the order of the labels: cat 11, dog 10, mat 9, tree 8.
+    slots = torch.tensor([11, 10, 8, 10, 8, 9, 11])
+    generator = torch.Generator().manual_seed(5)
+    losses = []
+    for _ in range(3):
+        for rows in _mixed_batches(slots, 3, generator, mixed=True):
+            rates = (cosine_rate(rate, 0, len(losses), 9) for rate in (1e-2, 1e-3))
+            for group, rate in zip(optimizer.param_groups, rates, strict=False):
+                group["lr"] = rate
+            batch = mine.preprocess([f"find : {texts[row]}" for row in rows])
+            z = mine(dict(batch))[FEATURES]
+            entropy = torch.nn.functional.cross_entropy(z @ simplex(12).T, slots[rows])
+            alignment = HOCLoss(3, "drop")(z, torch.from_numpy(old)[rows], slots[rows])
+            loss = 0.4 * entropy + 0.6 * alignment
+            mine.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert history == pytest.approx(np.reshape(losses, (3, 3)).mean(axis=1), abs=1e-3)
+    expected = dict(mine.named_parameters())
+    for name, p in model.named_parameters():
+        way = (expected[name] - start[name]).norm()
+        assert (p - expected[name]).norm() <= 0.02 * way
+
+
+def test_every_batch_of_an_encoder_s_update_has_two_classes(text_model):
+    texts = [f"{word} {other}" for word in ("cat", "dog", "tree") for other in ("a", "on", "the")]
+    history = fit_stationary_encoder(
+        stationary_encoder(text_model, 12), texts, [*["x"] * 8, "y"], epochs=2, batch_size=3,
+        old=np.random.default_rng(0).normal(size=(9, 11)), freeze_encoder=True,
+    )  # fmt: skip
+    assert np.isfinite(history).all()
+
+
+def test_dropout_is_drawn_by_the_seed_and_only_where_the_encoder_is_trained(text_model):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dropout
+
+    dropping = SentenceTransformer(modules=[*text_model, Dropout(0.5)], device="cpu")
+    trained = {}
+    for name, chance, freeze in (
+        ("one", 1, False), ("two", 2, False), ("frozen", 1, True), ("frozen too", 2, True)
+    ):  # fmt: skip
+        model = stationary_encoder(copy.deepcopy(dropping), 12)
+        torch.manual_seed(chance)
+        fit_stationary_encoder(model, TEXTS, LABELS, epochs=2, freeze_encoder=freeze, seed=3)
+        trained[name] = projection_of(model).linear.weight.detach()
+    plain = stationary_encoder(copy.deepcopy(text_model), 12)
+    fit_stationary_encoder(plain, TEXTS, LABELS, epochs=2, freeze_encoder=True, seed=3)
+    assert torch.equal(trained["one"], trained["two"])
+    assert torch.equal(trained["frozen"], trained["frozen too"])
+    assert torch.equal(trained["frozen"], projection_of(plain).linear.weight)
+    whole = stationary_encoder(copy.deepcopy(text_model), 12)
+    fit_stationary_encoder(whole, TEXTS, LABELS, epochs=2, seed=3)
+    assert not torch.allclose(trained["one"], projection_of(whole).linear.weight, atol=1e-5)
+
+
+def test_a_normalisation_at_the_end_is_left_out(text_model):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize
+
+    unit_vectors = SentenceTransformer(modules=[*text_model, Normalize()], device="cpu")
+    kinds = [type(module) for module in stationary_encoder(unit_vectors, 12)]
+    assert kinds == [*(type(module) for module in text_model), StationaryProjection]
+
+
+def test_a_plain_encoder_keeps_lengths_prompts_and_the_vectors_of_a_control(text_model):
+    text_model.prompts["query"] = "find : "
+    text_model.default_prompt_name = "query"
+    slots = ClassSlots(12, {"cat": 3}, geometry="gaussian", seed=5)
+    model = stationary_encoder(
+        text_model, 12, slots=slots, geometry="gaussian", seed=1, normalize=False
+    )
+    assert slots_of(model) == slots
+    assert torch.equal(
+        projection_of(model).classifier.weight,
+        SimplexClassifier(12, geometry="gaussian", seed=5).weight,
+    )
+    vectors = model.encode(list(TEXTS))
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() > 0.01
+    plain = plain_encoder(model)
+    assert np.abs(plain.encode(list(TEXTS)) - vectors).max() < 1e-6
+    assert plain.prompts == model.prompts
+    assert plain.default_prompt_name == "query"
 
 
 def test_trainer_of_sentence_transformers_takes_the_loss(text_model, tmp_path):

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.embedding.small_models import WORDS, backbone_folder
+import torch
+from tests.embedding.small_models import WORDS, backbone_folder, embedder
 
+from bakeoff.embedding.baselines import MeanPooling
 from bakeoff.embedding.compatibility import compatibility_matrix
 from bakeoff.embedding.problem.upgrades import (
     UPGRADE_METRICS,
@@ -17,6 +19,10 @@ from bakeoff.embedding.problem.upgrades import (
     UpgradeProblem,
     _Adapters,
     _all_pairs,
+    _EncoderTrainer,
+    _HeadTrainer,
+    _inside,
+    _Made,
     _matrix,
     _summary,
     arrange,
@@ -319,6 +325,162 @@ def test_each_design_looks_for_its_own_rate_without_test_texts(folder, tmp_path,
     assert not run(small, "BCT", 0, tmp_path / "small").notes
 
 
+def test_a_rate_that_was_looked_for_is_that_of_one_design_and_one_protocol(folder, monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        UpgradeProblem, "_found_inside", lambda self, design, inner, rate: tried.append(rate) or 0.0
+    )
+
+    def looks(design, **changes):
+        """Return whether a rate is looked for, and not taken from what was found before."""
+        before = len(tried)
+        one = problem(folder, data=class_texts(seed=7), learning_rate=None, **changes)
+        one._rate(design, one.streams[0])
+        return len(tried) == before + 4
+
+    design = Design("x", "stationary")
+    assert looks(design)
+    assert not looks(Design("another name", "stationary"))
+    for other in (
+        Design("x", "orthonormal"),
+        Design("x", "stationary", {"lam": 0.5}),
+        Design("x", "stationary", {"tied_to": "last"}),
+    ):
+        assert looks(other)
+    for changes in (
+        {"epochs": 5}, {"batch_size": 8}, {"steps": 2}, {"replacements": ()}, {"n_slots": 25},
+        {"memory_per_class": 3}, {"hidden": 16}, {"n_pairs": 39},
+    ):  # fmt: skip
+        assert looks(design, **changes)
+        assert not looks(design, **changes)
+
+
+def test_a_rate_is_judged_by_the_newest_queries_in_the_oldest_index(folder, monkeypatch):
+    one = problem(folder)
+    (stream,) = one.streams
+    base = one._base_vectors(stream)
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((base.shape[1],) * 2))[0]
+    seen = []
+
+    def embed(version, rows):
+        seen.extend(rows.tolist())
+        return base[rows] @ turn if version == 2 else base[rows]
+
+    made = _Made(embed, 0, 0, 0, lambda folder: None)
+    monkeypatch.setattr(one, "_versions", lambda *given: made)
+    inner = _inside(stream)
+    found = one._found_inside(METHODS["replay"], inner, 0.1)
+    queries, index = (inner.rows(part, inner.own) for part in (inner.queries, inner.documents))
+    # By hand: turned queries, documents as they were.
+    lengths = np.linalg.norm(base[index], axis=1)
+    similarity = base[queries] @ turn @ base[index].T / lengths
+    relevant = np.array(inner.labels_of(queries))[:, None] == np.array(inner.labels_of(index))
+    best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
+    rank = 1 + (~relevant & (similarity >= best)).sum(axis=1)
+    assert found == pytest.approx(np.where(rank <= 10, 1 / rank, 0).mean(), abs=1e-3)
+    assert found < one._found_inside(METHODS["re-embed"], inner, 0.1) - 0.1
+    assert set(seen) <= set(stream.rows(stream.training, stream.own).tolist())
+
+
+# Versions -----------------------------------------------------------------------------------------
+
+
+def test_vectors_in_the_cache_are_those_of_one_encoder(folder, tmp_path):
+    model = embedder(tmp_path / "made", MeanPooling(16))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save(str(tmp_path / "other"), create_model_card=False)
+    one = problem(folder)
+    other = UpgradeProblem(class_texts(), tmp_path / "other", n_slots=24, epochs=1)
+    (stream,) = one.streams
+    assert not np.allclose(one._base_vectors(stream), other._base_vectors(stream))
+    assert one.fingerprint() != other.fingerprint()
+
+
+def test_a_model_from_elsewhere_comes_without_its_data_at_the_one_rate(folder):
+    one = problem(folder, data=class_texts(n_classes=12), replacements=(1, 2))
+    (stream,) = one.streams
+    base = one._base_vectors(stream)
+    trainer = _HeadTrainer(one, METHODS["stationary"], 4, stream, base, 0.01)
+    models = [trainer.elsewhere(number) for number in range(3)]
+    assert [len(model.classes_) for model in models] == [2, 3, 4]
+    assert set(models[-1].classes_) == set(stream.elsewhere)
+    assert [model.hidden for model in models] == [(32,), (64,), (96,)]
+    slots = dict(models[0].classifier_.slots)
+    assert {slots[label] for label in stream.elsewhere} == set(range(4))
+    assert {slots[label] for label in stream.own} == set(range(24 - len(stream.own), 24))
+    rows = [stream.rows(stream.training, group) for group in stream.arriving]
+    first = trainer.step(0, models[0], None, rows[0])
+    assert {model.learning_rate for model in models} == {0.1}
+    assert first.learning_rate == 0.01
+    # Its own classes are remembered, and none of those that were trained on elsewhere.
+    assert set(first.memory_[1]) == set(stream.arriving[0])
+    second = trainer.step(1, models[1], first, rows[1])
+    assert set(second.memory_[1]) == {*stream.arriving[0], *stream.arriving[1]}
+    assert set(first.memory_[1]) == set(stream.arriving[0])
+    third = trainer.step(2, second, second, rows[2])
+    other = _HeadTrainer(one, METHODS["stationary"], 5, stream, base, 0.01)
+    seeds = [
+        *(head.random_state for head in (*models, first, second, third)),
+        *(other.elsewhere(number).random_state for number in range(3)),
+        other.step(0, models[0], None, rows[0]).random_state,
+    ]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_what_a_design_says_reaches_what_is_trained(folder, monkeypatch):
+    one = problem(folder, memory_per_class=6)
+    (stream,) = one.streams
+
+    def head(name, **params):
+        design = Design(name, METHODS[name].method, {**METHODS[name].params, **params})
+        return _HeadTrainer(one, design, 0, stream, one._base_vectors(stream), None)._head(0, 0)
+
+    plain = head("stationary")
+    assert (plain.lam, plain.mu, plain.same_class, plain.geometry) == (0.1, 10, "zero", "simplex")
+    assert (plain.n_slots, plain.epochs, plain.batch_size) == (24, 6, 16)
+    assert plain.memory_per_class == 6
+    other = head("stationary", lam=0.7, mu=3.0, same_class="drop", n_slots=40)
+    assert (other.lam, other.mu, other.same_class, other.n_slots) == (0.7, 3.0, "drop", 40)
+    assert [head(name).lam for name in ("BCT", "L2", "InfoNCE")] == [0.5, 0.1, 0.1]
+    assert head("InfoNCE", mu=5).mu == 5.0
+    assert [head(name).geometry for name in ("orthonormal", "gaussian")] == [
+        "orthonormal",
+        "gaussian",
+    ]
+
+    calls = []
+    monkeypatch.setattr(
+        "bakeoff.embedding.stationary_text.fit_stationary_encoder",
+        lambda model, texts, labels, **settings: calls.append((model, texts, labels, settings)),
+    )
+    whole = problem(folder, train="full", memory_per_class=2)
+    params = {"lam": 0.7, "mu": 3.0, "same_class": "drop"}
+    for name, tied in (("stationary", True), ("simplex, cross-entropy alone", False)):
+        design = Design(name, METHODS[name].method, params if tied else {})
+        trainer = _EncoderTrainer(whole, design, 3, stream)
+        rows = [stream.rows(stream.training, group) for group in stream.arriving]
+        start = trainer.elsewhere(0)
+        first = trainer.step(0, start, None, rows[0])
+        replacement = trainer.elsewhere(1)
+        calls.clear()
+        trainer.step(1, replacement, first, rows[1])
+        ((model, texts, labels, settings),) = calls
+        # New texts and two of each earlier class; tied to the replacement as it came.
+        new = [stream.texts[row] for row in rows[1]]
+        assert texts[: len(new)] == new
+        assert sorted(labels[len(new) :]) == sorted(2 * stream.arriving[0])
+        earlier = {stream.texts[row] for row in rows[0]}
+        assert set(texts[len(new) :]) <= earlier
+        assert model is not replacement
+        assert settings["old"] is (replacement if tied else None)
+        assert (settings["lam"], settings["mu"], settings["same_class"]) == (
+            (0.7, 3.0, "drop") if tied else (0.1, 10.0, "zero")
+        )
+        assert (settings["epochs"], settings["batch_size"]) == (6, 16)
+
+
 # Checks -------------------------------------------------------------------------------------------
 
 
@@ -367,8 +529,15 @@ def test_the_fingerprint_says_what_scores_depend_on_and_pickles_are_light(folder
         problem(folder, n_pairs=39),
         problem(folder, epochs=7),
         problem(folder, data=class_texts(seed=1)),
+        problem(folder, train="full"),
+        problem(folder, batch_size=8),
+        problem(folder, learning_rate=0.05),
+        problem(folder, learning_rate=None),
+        problem(folder, memory_per_class=3),
+        problem(folder, n_slots=25),
+        problem(folder, hidden=33),
     ]
-    assert len({one.fingerprint(), *(other.fingerprint() for other in others)}) == 6
+    assert len({one.fingerprint(), *(other.fingerprint() for other in others)}) == 13
     one.prepare(list(METHODS.values()), [0], Work(folder))
     assert one._vectors.of_stream
     copied = pickle.loads(pickle.dumps(one))
