@@ -13,6 +13,7 @@ from bakeoff.data.lexicon_sources import (
     cldr_names,
     constraints_of_columns,
     freedict,
+    pairs_of_columns,
     read_constraints,
     read_pairs,
     wordnet,
@@ -64,6 +65,31 @@ def test_pair_rows_with_glosses_keep_their_repetitions(tmp_path):
     assert pairs.labels.tolist() == [0, 0, 1]
     assert words.glosses == ("a pet", "un animal", "cold", "kalt")
     assert len(read_constraints(path)) == 4
+
+
+def test_pairs_of_columns_are_those_of_the_file(tmp_path):
+    path = tmp_path / "pairs.csv"
+    names = ["synset", "word1", "lang1", "word2", "lang2", "gloss1", "gloss2"]
+    rows = [
+        ["b", "ice", "en", "Eis", "de", "cold", "kalt"],
+        ["a", "dog", "en", "chien", "fr", "a pet", ""],
+        ["a", "dog", "en", "cane", "it", "a pet", "un animale"],
+        ["b", "ice", "en", "Eis", "de", "cold", "kalt"],
+    ]
+    path.write_text("\n".join(",".join(row) for row in [names, *rows]) + "\n")
+    by_file = read_pairs(path)
+    found = pairs_of_columns(dict(zip(names, zip(*rows, strict=True), strict=True)))
+    assert found.constraints.fingerprint() == by_file.constraints.fingerprint()
+    assert np.array_equal(found.first, by_file.first)
+    assert np.array_equal(found.second, by_file.second)
+    bare = {name: [row[i] for row in rows] for i, name in enumerate(names[:5])}
+    assert pairs_of_columns(bare).constraints.glosses is None
+    with pytest.raises(DataError, match="no column for the synset"):
+        pairs_of_columns({name: cells for name, cells in bare.items() if name != "synset"})
+    with pytest.raises(DataError, match=r"lang2: 4 entries empty, the first at rows \[0, 1, 2\]"):
+        pairs_of_columns(bare | {"lang2": [None, float("nan"), " ", ""]})
+    with pytest.raises(DataError, match="at least one pair"):
+        pairs_of_columns({name: [] for name in names})
 
 
 def test_pairs_without_synset_are_grouped_by_their_first_word(tmp_path):

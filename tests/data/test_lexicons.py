@@ -304,6 +304,29 @@ def test_a_new_language_is_not_asked_for_what_training_has_by_letters():
         copied.lexicon("languages", "en", "nl")
 
 
+def test_of_several_translations_the_one_most_alike_counts():
+    whole = Constraints.of(
+        [("1", "word", "en"), ("1", "Wort", "de"), ("1", "woord", "nl"), ("1", "WORT", "nl"),
+         ("2", "cat", "en"), ("2", "Katze", "de"), ("2", "poes", "nl"), ("2", "kat", "nl")]
+    )  # fmt: skip
+    split = ConstraintSplit(whole, whole.only(["en", "de"]), frozenset(), ("nl",))
+    test = split.lexicon("languages", "en", "nl")
+    assert test.source_words == ("cat",)  # training has "word" and "Wort" by letters
+    assert test.overlaps == pytest.approx([2 / 3])  # "kat" is near to "cat", "poes" to nothing
+    known = Constraints.of([("1", "kat", "nl")])
+    assert test.seen_in(known).tolist() == [True]
+    assert test.seen_in(Constraints.of([("1", "kat", "de")])).tolist() == [False]
+
+
+def test_fewer_synsets_are_held_out_if_so_many_are_allowed():
+    few, many = (
+        split_constraints(constraints(50), fraction=0.5, max_synsets=most).held_out_synsets
+        for most in (3, None)
+    )
+    assert (len(few), len(many)) == (3, 25)
+    assert few < many
+
+
 def test_lexicon_gathers_all_translations_and_synonyms_exclude_the_word():
     words = Constraints.of(
         [("1", "dog", "en"), ("1", "hound", "en"), ("1", "chien", "fr"), ("2", "hound", "en"),

@@ -263,6 +263,17 @@ def test_encoder_counts_special_tokens_and_equals_transformers(folder):
     assert encoder.encode([]).shape == (0, 16)
 
 
+def test_padding_is_on_the_right_whatever_the_tokenizer_says(tmp_path):
+    # BERT has absolute positions: on the left they would be others in a batch than alone.
+    bert().save_pretrained(tmp_path)
+    tokenizer(padding_side="left").save_pretrained(tmp_path)
+    encoder = WordEncoder(str(tmp_path))
+    words = ["cat", "the red tree", "dog ran"]
+    alone = np.concatenate([encoder.encode([word]) for word in words])
+    for vectors in (encoder.encode(words), encoder.sentence_transformer().encode(words)):
+        assert np.abs(vectors - alone).max() < 1e-5
+
+
 def test_encoder_refuses_words_without_tokens(folder):
     encoder = WordEncoder(folder)
     assert encoder.has_tokens(["cat", "", " "]).tolist() == [True, False, False]
@@ -429,6 +440,120 @@ def test_first_loss_is_the_loss_of_the_drawn_batch(tmp_path):
     assert made.history_.losses[0] == pytest.approx(expected.item(), abs=1e-4)
 
 
+# Two synsets of three words: each of these has more than one positive.
+LARGER = Constraints.of(
+    [*zip(WORDS.synsets, WORDS.words, WORDS.languages, WORDS.glosses, strict=True),
+     ("1", "the red", "de", "a mat"), ("2", "sat under", "de", "a tree")]
+)  # fmt: skip
+
+# A change of one option at a time, each with something that a plain loop does about it.
+VARIANTS = [
+    {},
+    {"temperature": 0.5},
+    {"loss": "supcon"},
+    {"similarity": "csls"},
+    {"layer": "mean"},
+    {"layer": 1},
+    {"glosses": "multitask"},
+    {"weight_decay": 50.0},
+    {"warmup_steps": 3},
+    # AdamW evens out any longer gradient: this one is below its epsilon.
+    {"max_grad_norm": 1e-9},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_training_is_a_plain_loop(tmp_path, options):
+    bert(dropout=0.0).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    settings = {"alpha": None, "steps": 4, "batch_size": 6, "learning_rate": 0.003, **options}
+    found = specializer(str(tmp_path), **settings).fit(LARGER).history_.losses
+
+    model, tok, pairs = bert(dropout=0.0), tokenizer(), build_pairs(LARGER, seed=10)
+    decay = options.get("weight_decay", 0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003, weight_decay=decay)
+    loss = supervised_contrastive if options.get("loss") == "supcon" else nt_xent
+    layer, warmup = options.get("layer", -1), options.get("warmup_steps", 1)
+    rng = np.random.default_rng(10)
+    epochs = [rng.permutation(len(pairs)) for _ in range(2)]
+    batches = [rows for order in epochs for rows in (order[:6], order[6:])]
+    expected = []
+    for step, rows in enumerate(batches, start=1):
+        entries = [int(side[row]) for row in rows for side in (pairs.first, pairs.second)]
+        words, glosses = [], []
+        for entry in entries:
+            word = tok(LARGER.words[entry], add_special_tokens=False)["input_ids"]
+            gloss = tok(LARGER.glosses[entry], add_special_tokens=False)["input_ids"]
+            both = [1, *word, 2, *gloss, 2] if "glosses" in options else [1, *word, 2]
+            states = model(input_ids=torch.tensor([both]), output_hidden_states=True).hidden_states
+            chosen = torch.stack(states).mean(dim=0) if layer == "mean" else states[layer]
+            words.append(chosen[0, 1 : 1 + len(word)].mean(dim=0))
+            glosses.append(chosen[0, 2 + len(word) : -1].mean(dim=0))
+        labels = torch.tensor([int(LARGER.synsets[entry]) for entry in entries])
+        value = torch.zeros(())
+        for views in (words, glosses) if "glosses" in options else (words,):
+            value = value + loss(
+                torch.stack(views), labels, options.get("temperature", 0.07),
+                similarity=options.get("similarity", "cosine"),
+            )  # fmt: skip
+        n_labels = len(set(labels.tolist()))
+        expected.append(value.item() if n_labels > 1 else math.nan)
+        if n_labels > 1:
+            optimizer.zero_grad()
+            value.backward()
+            if "max_grad_norm" in options:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), options["max_grad_norm"])
+            optimizer.param_groups[0]["lr"] = 0.003 * min(1.0, step / warmup)
+            optimizer.step()
+    assert found == pytest.approx(expected, abs=2e-3, nan_ok=True)
+
+
+def unseen_lexicons():
+    """Two lexicons of the tokenizer's words, none of which is trained on."""
+    words = ("a cat", "on mat", "tree", "find", "red dog", "a sat", "ran", "on", "red", "tree mat")
+    pairs = [("a cat", "red dog"), ("on mat", "ran"), ("tree", "tree mat"), ("find", "red")]
+    assert not set(words) & set(LARGER.words)
+    return [
+        Lexicon("en", "fr", *zip(*((a, (b,)) for a, b in some), strict=True), words)
+        for some in (pairs, [(b, a) for a, b in pairs[:3]])
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"csls_k": 2}, {"layer": 1}], ids=str)
+def test_checks_are_the_mean_relative_gain_of_what_fewer_steps_would_have_made(
+    encoder_folder, options
+):
+    from bakeoff.embedding.lexicon_induction import bli_lexicon
+
+    lexicons = unseen_lexicons()
+    settings = {"alpha": None, "batch_size": 2, "learning_rate": 0.01, "seed": 4, **options}
+
+    def made(steps, validation=()):
+        one = specializer(encoder_folder, checks_per_epoch=2, steps=steps, **settings)
+        return one.fit(LARGER, validation=validation)
+
+    def mrr(model):
+        k = options.get("csls_k")
+        return np.array([bli_lexicon(model, one, csls_k=k).mrr for one in lexicons])
+
+    raw = WordEncoder(encoder_folder)
+    before = mrr(lambda words: raw.encode(words, options.get("layer", -1)))
+    checked = made(9, lexicons)
+    assert checked.history_.n_validation == 0
+    later = {step: made(step) for step in (2, 4, 6, 8, 9)}  # twice an epoch of four, and the end
+    gains = {s: float(((mrr(x.encode_words) - before) / before).mean()) for s, x in later.items()}
+    assert dict(checked.history_.checks) == pytest.approx({0: 0.0, **gains})
+    # Judging has no part in training: dropout is on again after it, and draws the same.
+    losses = (x.history_.losses for x in (checked, later[9]))
+    assert np.array_equal(*losses, equal_nan=True)
+    best = max(gains, key=lambda step: gains[step])
+    assert checked.history_.best_step == best
+    assert np.abs(before[0] - before[1]) > 0.01
+    kept, last = (x.encode_words(WORDS.words) for x in (checked, later[9]))
+    assert np.array_equal(kept, later[best].encode_words(WORDS.words))
+    assert not np.array_equal(kept, last)
+
+
 @pytest.mark.parametrize("peft", ["full", "adapter", "lora"])
 def test_training_brings_synonyms_together(folder, peft):
     made = specializer(
@@ -460,6 +585,25 @@ def test_seed_determines_everything_and_the_base_is_untouched(encoder_folder):
     assert not np.allclose(one, other)
     assert all(torch.equal(before[n], w) for n, w in base.model.state_dict().items())
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_dropout_is_on_in_training_and_off_afterwards(encoder_folder, tmp_path):
+    bert(dropout=0.0).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    with_dropout, without = (
+        specializer(path, steps=1, alpha=None).fit(WORDS) for path in (encoder_folder, tmp_path)
+    )
+    assert abs(with_dropout.history_.losses[0] - without.history_.losses[0]) > 1e-3
+    vectors = with_dropout.encode_words(WORDS.words)
+    assert np.array_equal(vectors, with_dropout.encode_words(WORDS.words))
+    assert not with_dropout.encoder_.backbone.training
+
+
+def test_pairs_are_capped_and_glosses_are_needed_on_both_sides(encoder_folder):
+    assert specializer(encoder_folder, max_per_language_pair=3).fit(WORDS).history_.n_pairs == 3
+    glosses = ("", "a cat", *WORDS.glosses[2:5], " ", *WORDS.glosses[6:])
+    partly = Constraints(WORDS.synsets, WORDS.words, WORDS.languages, glosses)
+    assert specializer(encoder_folder, glosses="separate").fit(partly).history_.n_pairs == 2
 
 
 def test_batches_follow_the_weights(encoder_folder):
@@ -612,6 +756,24 @@ def test_glosses_have_no_token_types_and_end_at_the_window(encoder_folder):
     assert torch.isfinite(views).all()  # 120 tokens of gloss were cut at the model's 64
 
 
+@pytest.mark.parametrize("mode", ["none", "separate", "multitask", "joint"])
+@pytest.mark.parametrize("n_words", [30, 31, 59, 60, 61, 90])
+def test_long_terms_are_cut_at_the_window_and_glosses_keep_a_token(encoder_folder, mode, n_words):
+    encoder = WordEncoder(encoder_folder)
+    long = ("cat dog " * 60).split()[:n_words]
+    rows = [("1", " ".join(long), "en", "a red cat"), ("1", "mat " + " ".join(long), "fr", "on")]
+    pairs = build_pairs(Constraints.of(rows))
+    reader = _Reader(encoder, pairs, mode, -1)
+    made = [reader._joint(0, 1)] if mode == "joint" else [reader._single(row) for row in (0, 1)]
+    for ids, spans in made:
+        assert len(ids) == len(spans) <= 64
+        assert ids[0] == 1
+        assert ids[-1] == 2
+        assert spans.count(1) > 0
+        assert (spans.count(2) > 0) == (mode != "none")
+    assert all(torch.isfinite(view).all() for view in reader.read(np.array([0])))
+
+
 @pytest.mark.parametrize("mode", ["separate", "multitask", "joint"])
 def test_training_with_glosses(folder, mode):
     made = specializer(folder, glosses=mode, steps=30, batch_size=8, learning_rate=0.003).fit(WORDS)
@@ -636,6 +798,21 @@ def test_scikit_learn_clone_and_data_frames(encoder_folder):
     by_frame = copy.fit(frame).encode_words(["cat"])
     by_pairs = made.fit(build_pairs(WORDS, seed=10)).encode_words(["cat"])
     assert np.allclose(by_frame, by_pairs, atol=1e-6)
+    pairs = build_pairs(WORDS, seed=10)
+    sides = [(pairs.first, "1"), (pairs.second, "2")]
+    columns = {"synset_id": [WORDS.synsets[row] for row in pairs.first]} | {
+        f"{name}{side}": [column[row] for row in rows]
+        for rows, side in sides
+        for name, column in (("word", WORDS.words), ("lang", WORDS.languages))
+    }
+    table = pandas.DataFrame(columns)
+    for shape in (table, table.to_numpy().tolist()):
+        assert np.allclose(copy.fit(shape).encode_words(["cat"]), by_pairs, atol=1e-6)
+    with pytest.raises(DataError, match="no column for the language2: looked for 'language2'"):
+        made.fit(table.drop(columns="lang2"))
+    table.loc[1, "word2"] = None
+    with pytest.raises(DataError, match=r"word2: 1 entry empty, the first at rows \[1\]"):
+        made.fit(table)
     frame["word"] = frame["word"].astype("string")
     frame.loc[[2, 5], "word"] = None
     with pytest.raises(DataError, match=r"words: 2 entries empty, the first at rows \[2, 5\]"):

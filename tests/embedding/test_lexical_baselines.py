@@ -9,6 +9,7 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import NotFittedError
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from tests.embedding.small_models import backbone_folder
@@ -152,6 +153,9 @@ def test_character_ngrams_see_spelling_only():
     assert scores.ranks[0] == 1  # "dog" has no letters in common: ties, by vocabulary
     vectors = model.encode_words(["nation", "xyz"])
     assert np.allclose(np.sqrt(vectors.multiply(vectors).sum(axis=1)).ravel(), [1, 1])
+    usual = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4)).fit_transform(words.words)
+    ours = model.encode_words(words.words)
+    assert np.abs((ours @ ours.T - usual @ usual.T).toarray()).max() < 1e-6
     # Letters that training never had are letters still.
     foreign = bli(model.encode_words, ["Ελλάδα"], ["Γαλλία", "ΕΛΛΆΔΑ"], ["ΕΛΛΆΔΑ"])
     assert foreign.ranks.tolist() == [1]
@@ -178,11 +182,20 @@ def test_procrustes_of_words_rotates_each_language_onto_the_pivot(folder):
     assert np.abs(model.encode_words(["cat"], language="en") - home).max() < 1e-5
     unknown = model.encode_words(["cat"], language="xx")
     assert np.abs(unknown - model.encode_words(["cat"])).max() == 0
+    spoken = [[by[language][0] for by in concepts] for language in ("en", "fr", "de")]
+    middle = np.mean([unit(words).mean(axis=0) for words in spoken], axis=0)
+    assert np.abs(unknown - (unit(["cat"]) - middle)).max() < 1e-5
     # On the pairs it was fitted on, the rotation cannot lose.
     raw = ((x - x.mean(axis=0) - (y - y.mean(axis=0))) ** 2).sum()
     turned = model.encode_words([by["fr"][0] for by in concepts], language="fr")
     assert ((turned - (y - y.mean(axis=0))) ** 2).sum() < raw
     with pytest.raises(DataError, match="pivot 'sv' is not among"):
         ProcrustesWords(folder, pivot="sv").fit(PAIRS)
-    with pytest.raises(DataError, match="no language has 99 pairs"):
-        ProcrustesWords(folder, min_pairs=99).fit(PAIRS)
+    with pytest.raises(DataError, match="no language has 13 pairs"):
+        ProcrustesWords(folder, min_pairs=13).fit(PAIRS)
+    assert set(ProcrustesWords(folder, pivot="en", min_pairs=12).fit(PAIRS).rotations_) == {
+        "fr", "de"
+    }  # fmt: skip
+    rows = zip(PAIRS.synsets, PAIRS.words, PAIRS.languages, strict=True)
+    more = Constraints.of([*rows, ("s0", "find tree", "en")])
+    assert ProcrustesWords(folder).fit(more).pivot_ == "en"  # of most words

@@ -275,6 +275,14 @@ def test_scores_are_what_their_definitions_say(bert_folder, tmp_path):
         assert trial.scores["low_overlap"][task] == pytest.approx(expected[hard])
 
 
+def test_kept_raw_vectors_are_told_apart_by_model_and_layer(bert_folder, tmp_path):
+    words = list(dict.fromkeys(made_words().words))
+    other = backbone_folder(tmp_path / "llama")
+    for folder, layer in ((bert_folder, -1), (bert_folder, "mean"), (bert_folder, 0), (other, -1)):
+        table = problem(folder)._raw(layer)
+        assert np.array_equal(table.encode(words), WordEncoder(folder).encode(words, layer))
+
+
 def test_low_overlap_looks_at_all_that_training_has_of_the_synset(bert_folder):
     setting = problem(bert_folder).setting
     (lexicon, _) = setting.tasks["languages"]
@@ -423,11 +431,12 @@ def test_the_rate_is_looked_for_once_and_never_on_held_out_words(
     bert_folder, tmp_path, monkeypatch
 ):
     one = problem(bert_folder, search_share=0.5, steps=4, search_reach=1, keep_models=False)
-    fits, asked = [], []
+    fits, asked, seeds = [], [], []
     fit, ranked = WordProblem._fit, module._ranked
 
     def fitting(self, design, rate, steps, seed, progress=None):
         fits.append((round(rate, 10), steps))
+        seeds.append(seed)
         return fit(self, design, rate, steps, seed, progress)
 
     def asking(encode, lexicon, csls_k=None):
@@ -440,6 +449,8 @@ def test_the_rate_is_looked_for_once_and_never_on_held_out_words(
     first = run(one, adapter, 0, tmp_path / "0")
     assert [steps for _, steps in fits[:-1]] == [2] * (len(fits) - 1)
     assert fits[-1][1] == 4
+    assert not {0, 1} & set(seeds[:-1])  # no trial's draws choose its rate
+    assert seeds[-1] == 0
     assert fits[0][0] == pytest.approx(5e-4)  # ten times that of full training
     assert first.cost["search_pairs"] == (len(fits) - 1) * 2 * 8
     n = len(one.setting.validation) * (len(fits) - 1)
@@ -454,6 +465,46 @@ def test_the_rate_is_looked_for_once_and_never_on_held_out_words(
     assert len(fits) == 1
     assert second.cost["search_pairs"] == first.cost["search_pairs"]
     assert "Learning rate" in second.notes[0]
+
+
+def test_rates_are_kept_apart_for_each_design_and_setting(bert_folder, monkeypatch):
+    searched = []
+
+    def fitting(self, design, rate, steps, seed, progress=None):
+        searched.append(design.name)
+
+    monkeypatch.setattr(WordProblem, "_fit", fitting)
+    monkeypatch.setattr(WordProblem, "_table", lambda self, *given: self._raw(-1))
+    supcon = Design("supcon", "lexical-full", {"loss": "supcon"})
+    for batch_size, design in ((7, FULL), (7, supcon), (8, FULL), (8, TRAINED[3])):
+        one = problem(bert_folder, batch_size=batch_size, search_share=0.4, search_reach=1)
+        for _ in range(2):  # the second time from the cache
+            searched.clear()
+            rates = one._rates(design, Work(None))
+            assert rates[one.learning_rate] > 0
+            if searched:
+                assert set(searched) == {design.name}
+                n_searches = len(searched)
+        assert not searched
+        assert n_searches == len(rates)
+        n_searches = 0
+
+
+def test_parameters_reach_the_component(bert_folder):
+    one = problem(bert_folder)
+    training = {"temperature": 0.2, "alpha": None, "loss": "supcon", "similarity": "csls",
+                "layer": "mean"}  # fmt: skip
+    cases = [
+        ("lexical-full", {}, {"peft": "full", "labels": "synset"}),
+        ("lexical-adapter", {"reduction": 4}, {"peft": "adapter", "adapter_reduction": 4}),
+        ("lexical-lora", {"rank": 2}, {"peft": "lora", "lora_rank": 2}),
+        ("row-contrastive", {}, {"peft": "full", "labels": "row"}),
+    ]
+    for method, given, expected in cases:
+        made = one._fit(Design("d", method, {**training, **given}), 1e-3, 1, 7)
+        found = made.get_params()
+        expected = expected | training | {"learning_rate": 1e-3, "steps": 1, "seed": 7}
+        assert {name: found[name] for name in expected} == expected
 
 
 def test_training_that_diverges_is_told(bert_folder, tmp_path):

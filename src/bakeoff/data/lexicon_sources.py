@@ -214,6 +214,69 @@ def constraints_of_columns(columns: Mapping[str, Sequence[Any]]) -> Constraints:
     return Constraints(chosen[0], chosen[1], chosen[2], glosses)
 
 
+def hold_pairs(columns: Sequence[str]) -> bool:
+    """Say whether columns of these names hold pairs of words, not one word a row.
+
+    Examples
+    --------
+    >>> hold_pairs(["synset", "word1", "lang1", "word2", "lang2"]), hold_pairs(["synset", "word"])
+    (True, False)
+    """
+    return _column(columns, None, _WORD, suffix="1") is not None
+
+
+def pairs_of_columns(columns: Mapping[str, Sequence[Any]]) -> WordPairs:
+    """Return the pairs in columns synset, word1, language1, word2, language2 (and gloss1, gloss2).
+
+    Columns have the usual names, and pairs stay as they stand, repeated ones too.
+
+    Raises
+    ------
+    DataError
+        As `constraints_of_columns`.
+
+    Examples
+    --------
+    >>> pairs = pairs_of_columns({"synset": [1], "word1": ["dog"], "lang1": ["en"],
+    ...                           "word2": ["chien"], "lang2": ["fr"]})
+    >>> pairs.constraints.words, pairs.language_pairs()
+    (('dog', 'chien'), [('en', 'fr')])
+    """
+    names = list(columns)
+    synset = _column(names, None, _SYNSET)
+    if synset is None:
+        raise DataError(_missing(Path("constraints"), "synset", None, _SYNSET, names))
+    n_pairs = len(columns[synset])
+    labels = [_text(cell) for cell in columns[synset]]
+    sides: list[list[tuple[str, ...]]] = []
+    for side in ("1", "2"):
+        cells: list[list[str]] = []
+        for what, usual in (("word", _WORD), ("language", _LANGUAGE), ("gloss", _GLOSS)):
+            name = _column(names, None, usual, side)
+            if name is None and what != "gloss":
+                raise DataError(
+                    _missing(Path("constraints"), what + side, None, usual, names, side)
+                )
+            found = [""] * n_pairs if name is None else [_text(cell) for cell in columns[name]]
+            if what != "gloss" and (bare := [row for row, cell in enumerate(found) if not cell]):
+                raise DataError(
+                    f"{name}: {count(len(bare), 'entry', 'entries')} empty, the first at rows "
+                    f"{bare[:3]}"
+                )
+            cells.append(found)
+        sides.append(list(zip(labels, *cells, strict=True)))
+    entries: dict[tuple[str, ...], int] = {}
+    for pair in zip(*sides, strict=True):
+        for key in pair:
+            entries.setdefault(key, len(entries))
+    if not entries:
+        raise DataError("constraints must hold at least one pair, got none")
+    synsets, words, languages, glosses = zip(*entries, strict=True)
+    constraints = Constraints(synsets, words, languages, glosses if any(glosses) else None)
+    first, second = (np.array([entries[key] for key in side], dtype=np.int64) for side in sides)
+    return WordPairs(constraints, first, second)
+
+
 def _cell(row: Row, column: str) -> str:
     return _text(row.values.get(column))
 

@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 
 from bakeoff.data.formats import count
-from bakeoff.data.lexicon_sources import constraints_of_columns
+from bakeoff.data.lexicon_sources import constraints_of_columns, hold_pairs, pairs_of_columns
 from bakeoff.data.lexicons import Constraints, Lexicon, WordPairs, build_pairs
 from bakeoff.embedding.bottleneck_adapters import AdapterTransformer, add_adapters
 from bakeoff.embedding.pooling import mean_over_tokens, one_of, positive_int
@@ -370,8 +370,10 @@ class LexicalSpecializer(BaseEstimator):  # type: ignore[misc]  # scikit-learn i
         Parameters
         ----------
         constraints
-            `Constraints`, rows ``(synset, word, language)`` or a DataFrame with these columns
-            (pairs are then built, with `max_per_language_pair`), or `WordPairs`.
+            `Constraints`, rows ``(synset, word, language)`` or a DataFrame with these columns:
+            pairs are then built, with `max_per_language_pair`. Or pairs, which are taken as they
+            are: `WordPairs`, rows ``(synset, word1, language1, word2, language2[, gloss1,
+            gloss2])`` or a DataFrame with these columns.
         y
             Not used; for scikit-learn.
         validation
@@ -488,17 +490,14 @@ class LexicalSpecializer(BaseEstimator):  # type: ignore[misc]  # scikit-learn i
             raise DataError("weight_decay and warmup_steps must be at least 0")
 
     def _pairs(self, given: Any) -> WordPairs:
-        if isinstance(given, WordPairs):
-            pairs = given
-        else:
-            if hasattr(given, "columns") and hasattr(given, "to_dict"):
-                cells = given.astype(object).where(given.notna(), None)
-                given = constraints_of_columns({str(one): list(cells[one]) for one in cells})
-            elif not isinstance(given, Constraints):
-                given = Constraints.of(given)
-            pairs = build_pairs(
+        given = _as_words(given)
+        pairs = (
+            given
+            if isinstance(given, WordPairs)
+            else build_pairs(
                 given, max_per_language_pair=self.max_per_language_pair, seed=self.seed
             )
+        )
         if not len(pairs):
             raise DataError("constraints: there is no pair to train on")
         if self.glosses != "none":
@@ -636,6 +635,26 @@ class LexicalSpecializer(BaseEstimator):  # type: ignore[misc]  # scikit-learn i
                 yield order[start : start + self.batch_size]
 
 
+_PAIR_COLUMNS = ("synset", "word1", "language1", "word2", "language2", "gloss1", "gloss2")
+
+
+def _as_words(given: Any) -> Constraints | WordPairs:
+    """Return what `LexicalSpecializer.fit` was given, rows and tables read."""
+    if isinstance(given, Constraints | WordPairs):
+        return given
+    if hasattr(given, "columns") and hasattr(given, "to_dict"):
+        cells = given.astype(object).where(given.notna(), None)
+        columns = {str(one): list(cells[one]) for one in cells}
+        read = pairs_of_columns if hold_pairs(list(columns)) else constraints_of_columns
+        return read(columns)
+    rows = [tuple(row) for row in given]
+    widths = {len(row) for row in rows}
+    if widths == {5} or widths == {7}:
+        columns = dict(zip(_PAIR_COLUMNS, map(list, zip(*rows, strict=True)), strict=False))
+        return pairs_of_columns(columns)
+    return Constraints.of(rows)
+
+
 class _Reader:
     """Runs the words of a batch through the model, with gradients."""
 
@@ -682,12 +701,13 @@ class _Reader:
     def _single(self, row: int) -> tuple[list[int], list[int]]:
         """Return ids, and the span that each belongs to: 1 the word, 2 its gloss, 0 none."""
         prefix, word, suffix = self._word(row)
-        spans = [0] * len(prefix) + [1] * len(word) + [0] * len(suffix)
         if self.glosses == "none":
+            spans = [0] * len(prefix) + [1] * len(word) + [0] * len(suffix)
             return [*prefix, *word, *suffix], spans
         mark = self.separator
-        room = self.encoder.window - len(spans) - len(mark)
-        gloss = self.gloss_ids[row][: max(1, room)]
+        room = self.encoder.window - len(prefix) - len(mark) - len(suffix)
+        word = word[: room - 1]  # a token of the gloss has its place
+        gloss = self.gloss_ids[row][: room - len(word)]
         spans = [0] * len(prefix) + [1] * len(word) + [0] * len(mark) + [2] * len(gloss)
         return [*prefix, *word, *mark, *gloss, *suffix], [*spans, *[0] * len(suffix)]
 
@@ -696,6 +716,9 @@ class _Reader:
         prefix, word, suffix = self._word(one)
         second = self._word(other)[1]
         mark = self.separator
+        room = self.encoder.window - len(prefix) - 2 * len(mark) - len(suffix)
+        if len(word) + len(second) > room:
+            word, second = word[: room // 2], second[: room // 2]
         ids = [*prefix, *word, *mark, *second, *mark]
         spans = [0] * len(prefix) + [1] * len(word) + [0] * len(mark) + [2] * len(second)
         glosses = [*self.gloss_ids[one], *mark, *self.gloss_ids[other]]
